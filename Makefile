@@ -1,0 +1,71 @@
+# Commands of this project. `make` alone lists them.
+
+.DEFAULT_GOAL := help
+.PHONY: help up down logs test lint lock schema
+# A target whose recipe fails is not kept; the stamps below depend on it.
+.DELETE_ON_ERROR:
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet
+TESTS ?= tests
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+up: ## start a gateway on this machine, with an account, a key and a first stream
+	@if docker info > /dev/null 2>&1 && python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; \
+	then python3 -m gateway.local up; \
+	else $(MAKE) --no-print-directory .venv/.run && $(BIN)/python -m gateway.local up; fi
+
+down: ## stop it; its data is kept
+	@$(PYTHON) -m gateway.local down
+
+logs: ## follow what it writes
+	@$(PYTHON) -m gateway.local logs
+
+test: lint ## everything: lint, types, layers, and all tests with coverage
+	$(BIN)/pytest -n 2 --cov --cov-report=term --cov-fail-under=90 $(TESTS)
+
+lint: .venv/.test ## style, types and the layers between modules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+schema: .venv/.test ## rewrite sql/schema.sql after a new migration
+	@$(BIN)/python -m tests.support.stores
+
+# --- the environment ----------------------------------------------------------------------------------------------
+
+# The oldest Python that will do, by any of its names.
+PYTHON = $(shell for name in $(BIN)/python python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null && echo $$name && break; done)
+
+# Debian keeps the part of Python that makes environments in a package of its own.
+.venv/bin/pip:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
+		test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
+		apt-get update -qq && apt-get install -qq -y --no-install-recommends python3-venv > /dev/null; \
+	} || { echo "$(PYTHON) cannot make environments: install its venv package (Debian: apt install python3-venv)."; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+
+# Everything is installed by hash, the build backend too: without isolation pip takes it from the environment.
+.venv/.run: requirements.lock requirements-build.lock pyproject.toml | .venv/bin/pip
+	$(PIP) --require-hashes -r requirements.lock -r requirements-build.lock
+	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv/.test: requirements-test.lock .venv/.run
+	$(PIP) --require-hashes -r requirements-test.lock
+	@touch $@
+
+lock: .venv/.run ## resolve the dependencies anew (UPGRADE=--upgrade takes newer ones)
+	$(PIP) --target .venv/lock --upgrade uv
+	$(LOCK) pyproject.toml --extra embedded -o requirements.lock
+	$(LOCK) pyproject.toml --extra embedded --extra test -c requirements.lock -o requirements-test.lock
+	printf 'hatchling>=1.27\neditables\n' | $(LOCK) - -c requirements-test.lock -o requirements-build.lock
+
+# For every platform, and without the name of the index they came from.
+LOCK = .venv/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+	--no-emit-index-url $(UPGRADE)

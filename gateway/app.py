@@ -1,0 +1,316 @@
+"""Puts the application together. The only place that opens and closes things."""
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import asyncpg
+import uvloop
+from aiohttp import http_parser, web
+
+from gateway import appkeys as keys
+from gateway import middlewares
+from gateway.catalogue import Catalogue
+from gateway.embedded import Embedded, EmbeddedError
+from gateway.handlers import accounts, chat, health, models, stats
+from gateway.metrics import Metrics
+from gateway.mock import Mock
+from gateway.protocol.routing import Provider, Routes
+from gateway.pulse import Pulse
+from gateway.settings import Settings, SettingsError, load_routes
+from gateway.stores.accounts import AccountStore
+from gateway.stores.keys import KeyStore, load_pepper
+from gateway.stores.limits import Limiter, connect_redis
+from gateway.stores.migrations import migrate
+from gateway.stores.usage import UsageStore
+from gateway.upstream import Upstream
+
+log = logging.getLogger("gateway")
+
+KEEPALIVE = 130.0  # seconds; longer than a load balancer's usual 60 or 120, so that it never reuses a closed connection
+DATABASE_WAIT = 30.0  # seconds that a start waits for Postgres: in a new stack both come up together
+FLUSH = 10.0  # seconds that usage rows may take to reach Postgres when we stop
+
+# Name, dialect and rule of the mock provider's three faces.
+_MOCKS = (
+    ("mock-openai", "openai", "mock-gpt"),
+    ("mock-anthropic", "anthropic", "mock-claude"),
+    ("mock-ollama", "ollama", "mock-llama"),
+)
+
+
+def make_app(settings: Settings, environ: Mapping[str, str]) -> web.Application:
+    """The whole application, not yet open. Raises SettingsError."""
+    app = web.Application(middlewares=[middlewares.errors], client_max_size=settings.gateway_max_body)
+    app[keys.SETTINGS] = settings
+    app.on_response_prepare.append(middlewares.on_prepare)
+    routes = load_routes(settings, environ)
+
+    v1 = web.Application(middlewares=middlewares.V1, client_max_size=settings.gateway_max_body)
+    v1.add_routes([*chat.routes(), *models.routes()])
+    app.add_subapp("/v1", v1)
+    app.add_routes([*health.routes(), *accounts.routes(), *stats.routes()])
+
+    # Opened in this order, closed in the reverse one: the writers drain while the pools are open.
+    app.cleanup_ctx.extend([_stores(settings, routes), _providers(settings, routes), _tasks])
+    return app
+
+
+# --- what is opened -----------------------------------------------------------------------------------------------
+
+Context = Callable[[web.Application], AsyncIterator[None]]
+
+
+@asynccontextmanager
+async def open_database(settings: Settings) -> AsyncIterator[tuple[str, str]]:
+    """Addresses of Postgres and Redis: the ones that were given, else of the embedded pair, for as long as it is open."""
+    if settings.database_url and settings.redis_url:
+        yield settings.database_url, settings.redis_url
+        return
+    embedded = Embedded(
+        Path(settings.gateway_data_dir), postgres=not settings.database_url, redis=not settings.redis_url
+    )
+    await asyncio.to_thread(embedded.start)
+    try:
+        yield settings.database_url or embedded.database_url, settings.redis_url or embedded.redis_url
+    finally:
+        await asyncio.to_thread(embedded.stop)
+
+
+async def connect_database(url: str, wait: float = DATABASE_WAIT) -> asyncpg.Pool:
+    """A pool on a migrated database. Waits for a server that is still coming up; raises what the last try did."""
+    deadline = asyncio.get_running_loop().time() + wait
+    while True:
+        try:
+            await migrate(url)
+            break
+        except (OSError, asyncpg.CannotConnectNowError, asyncpg.TooManyConnectionsError) as error:
+            if asyncio.get_running_loop().time() > deadline:
+                raise
+            log.warning("waiting for Postgres: %s", type(error).__name__)
+            await asyncio.sleep(0.5)
+    return await asyncpg.create_pool(
+        url,
+        min_size=1,
+        max_size=10,
+        timeout=5,
+        # asyncio.wait_for does not end a query on a stalled server; asyncpg's own time-out does.
+        command_timeout=5,
+        server_settings={"application_name": "ai-gateway"},
+    )
+
+
+def _stores(settings: Settings, routes: Routes) -> Context:
+    async def context(app: web.Application) -> AsyncIterator[None]:
+        async with open_database(settings) as (database_url, redis_url):
+            pool = app[keys.POOL] = await connect_database(database_url)
+            redis = connect_redis(redis_url)
+            app[keys.METRICS] = metrics = Metrics(providers=routes.providers)
+            app[keys.ACCOUNTS] = AccountStore(pool)
+            app[keys.KEYS] = KeyStore(
+                pool,
+                redis,
+                pepper=await load_pepper(pool, settings.gateway_key_pepper),
+                cache_seconds=settings.gateway_key_cache,
+                stale_seconds=settings.gateway_key_stale,
+            )
+            app[keys.LIMITER] = limiter = Limiter(
+                redis,
+                global_per_minute=settings.gateway_global_requests_per_minute,
+                nodes=settings.gateway_nodes,
+                on_redis_down=settings.gateway_on_redis_down,
+                on_error=lambda kind: metrics.dependency_errors.labels("redis").inc(),
+            )
+            app[keys.USAGE] = usage = UsageStore(
+                pool,
+                on_rows=lambda result, count: metrics.usage_rows.labels(result).inc(count),
+                on_error=lambda: metrics.dependency_errors.labels("postgres").inc(),
+            )
+            metrics.usage_queue.follow(lambda: usage.queued)
+            metrics.limiter_local.follow(lambda: float(limiter.state != "redis"))
+            yield
+            await redis.aclose()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(5):
+                    await pool.close()
+
+    return context
+
+
+def _providers(settings: Settings, routes: Routes) -> Context:
+    async def context(app: web.Application) -> AsyncIterator[None]:
+        mock = Mock() if _wants_mock(settings) else None
+        known = routes if mock is None else _with_mock(routes, await mock.start())
+        app[keys.UPSTREAM] = upstream = Upstream(settings)
+        metrics = app[keys.METRICS]
+        app[keys.CATALOGUE] = Catalogue(
+            known, upstream, probed=_probed(settings, known), on_models=lambda names: metrics.known_models.update(names)
+        )
+        yield
+        await upstream.close()
+        if mock is not None:
+            await mock.stop()
+
+    return context
+
+
+def _wants_mock(settings: Settings) -> bool:
+    return settings.gateway_mock == "on" or (settings.gateway_mock == "auto" and settings.environment == "development")
+
+
+def _with_mock(routes: Routes, address: str) -> Routes:
+    mocks = {
+        name: Provider(
+            name=name,
+            dialect=dialect,
+            base_url=address + ("/v1" if dialect == "openai" else ""),
+            headers={"anthropic-version": "2023-06-01"} if dialect == "anthropic" else {},
+            rules=(f"{model}*",),
+            models=(model,),
+            label="mock: built in, not a model",
+        )
+        for name, dialect, model in _MOCKS
+    }
+    return replace(routes, providers={**routes.providers, **mocks})
+
+
+def _probed(settings: Settings, routes: Routes) -> set[str]:
+    """A local Ollama that no setting names is on while it answers."""
+    return {"ollama"} if not settings.ollama_base_url and "ollama" in routes.providers else set()
+
+
+async def _tasks(app: web.Application) -> AsyncIterator[None]:
+    """The long-running tasks, and what each still has to write when we stop."""
+    pulse = app[keys.PULSE] = Pulse(app[keys.SETTINGS])
+    usage, limiter = app[keys.USAGE], app[keys.LIMITER]
+    work = {
+        "usage writer": usage.run(),
+        "limiter": limiter.run(),
+        "key revocations": app[keys.KEYS].listen(),
+        "catalogue": app[keys.CATALOGUE].run(),
+        "pulse": pulse.run(),
+    }
+    tasks = [asyncio.create_task(_forever(name, task)) for name, task in work.items()]
+    yield
+    await pulse.close()
+    left = await usage.close(FLUSH)
+    if left:
+        log.error("%d usage rows could not be written", left)
+    await limiter.close()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _forever(name: str, work: Coroutine[Any, Any, None]) -> None:
+    """A background task that ends is a bug: it is said at once, not when somebody misses its work."""
+    try:
+        await work
+    except Exception:
+        log.exception("background task failed: %s", name)
+
+
+# --- serving ------------------------------------------------------------------------------------------------------
+
+
+def make_runner(app: web.Application) -> web.AppRunner:
+    return web.AppRunner(
+        app,
+        handler_cancellation=True,  # a client that leaves is noticed while the provider is silent
+        keepalive_timeout=KEEPALIVE,
+        access_log=None,  # one line per exchange is written by middlewares.errors
+        auto_decompress=False,  # compressed bodies are refused unread, so there is no bomb to inflate
+        shutdown_timeout=1.0,  # what is open was drained before
+    )
+
+
+async def _serve(settings: Settings, environ: Mapping[str, str], ready: Callable[[str], None]) -> None:
+    stop = _signals()
+    app = make_app(settings, environ)
+    runner = make_runner(app)
+    try:
+        await runner.setup()
+        site = web.TCPSite(runner, settings.host, settings.port, backlog=1024, reuse_address=True)
+        await site.start()
+        _settle_memory()
+        ready(_address(runner, settings.host))
+        await stop.wait()
+        stop.clear()
+        await _until_drained(app[keys.PULSE], settings, stop)
+    finally:
+        await runner.cleanup()
+
+
+async def _until_drained(pulse: Pulse, settings: Settings, again: asyncio.Event) -> None:
+    """Not ready at once; what is open finishes; a second signal ends it."""
+    log.info("shutting down: %d streams open", pulse.open_streams)
+    pulse.draining = True
+    drain = asyncio.create_task(_drain(pulse, settings))
+    hurry = asyncio.create_task(again.wait())
+    await asyncio.wait({drain, hurry}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (drain, hurry):
+        task.cancel()
+    await asyncio.gather(drain, hurry, return_exceptions=True)
+
+
+async def _drain(pulse: Pulse, settings: Settings) -> None:
+    # A load balancer sends requests until it has seen that we are not ready: they are served for that long. The
+    # listener stays open to the end, so that what comes later is told so instead of being refused by the kernel.
+    await asyncio.sleep(settings.gateway_drain_delay)
+    pulse.refusing = True
+    await pulse.drain(max(0.0, settings.gateway_drain_timeout - settings.gateway_drain_delay))
+
+
+def _signals() -> asyncio.Event:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    return stop
+
+
+def _address(runner: web.AppRunner, host: str) -> str:
+    port = runner.addresses[0][1]
+    return f"http://{'127.0.0.1' if host in ('0.0.0.0', '::', '') else host}:{port}"
+
+
+def _settle_memory() -> None:
+    """What start-up made lives for ever: leave it out of every collection, and collect rarely.
+
+    With the default thresholds a burst of streams pays for full collections in the middle of its tokens.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+
+
+def check_runtime() -> None:
+    """aiohttp's pure-Python parser has known request smuggling: without the compiled one we do not start."""
+    if os.environ.get("AIOHTTP_NO_EXTENSIONS") or http_parser.HttpRequestParser is http_parser.HttpRequestParserPy:
+        raise SettingsError("aiohttp's compiled HTTP parser is required: install aiohttp from its wheel")
+    if tuple(int(part) for part in aiohttp.__version__.split(".")[:3]) < (3, 14, 5):
+        raise SettingsError(f"aiohttp 3.14.5 or later is required, this is {aiohttp.__version__}")
+
+
+def serve(settings: Settings, environ: Mapping[str, str], ready: Callable[[str], None]) -> int:
+    """Serve until SIGTERM; the exit status. `ready` is called with the address once it answers."""
+    try:
+        check_runtime()
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(settings, environ, ready))
+    except (SettingsError, EmbeddedError) as error:
+        print(f"gateway: {error}", file=sys.stderr)
+        return 2
+    except (OSError, asyncpg.PostgresError) as error:
+        print(f"gateway: cannot start: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,31 @@
+"""What hangs on the application and on a request, with its type. `app.py` opens and closes every one of these.
+
+Handlers read them as `request.config_dict[KEYS]`, which also works in a sub-application.
+"""
+
+import asyncpg
+from aiohttp import web
+
+from gateway.catalogue import Catalogue
+from gateway.exchange import Exchange
+from gateway.metrics import Metrics
+from gateway.pulse import Pulse
+from gateway.settings import Settings
+from gateway.stores.accounts import AccountStore
+from gateway.stores.keys import KeyStore
+from gateway.stores.limits import Limiter
+from gateway.stores.usage import UsageStore
+from gateway.upstream import Upstream
+
+SETTINGS = web.AppKey("SETTINGS", Settings)
+POOL = web.AppKey("POOL", asyncpg.Pool)
+ACCOUNTS = web.AppKey("ACCOUNTS", AccountStore)
+KEYS = web.AppKey("KEYS", KeyStore)
+LIMITER = web.AppKey("LIMITER", Limiter)
+USAGE = web.AppKey("USAGE", UsageStore)
+METRICS = web.AppKey("METRICS", Metrics)
+CATALOGUE = web.AppKey("CATALOGUE", Catalogue)
+PULSE = web.AppKey("PULSE", Pulse)
+UPSTREAM = web.AppKey("UPSTREAM", Upstream)
+
+EXCHANGE = web.RequestKey("EXCHANGE", Exchange)

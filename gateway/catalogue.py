@@ -1,0 +1,108 @@
+"""Which models there are: the routes, and what the providers list, asked again in the background."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import orjson
+
+from gateway.protocol.dialects import DIALECTS
+from gateway.protocol.errors import GatewayError, PermissionDenied
+from gateway.protocol.routing import Provider, Routes, Target
+from gateway.upstream import Upstream
+
+log = logging.getLogger("gateway.catalogue")
+
+REFRESH = 60.0  # seconds between two looks at every provider's list
+PROBE_TIMEOUT = 3.0  # seconds for a provider to give its list; it is asked again at the next look
+
+
+class Model(NamedTuple):
+    id: str  # the name to ask for
+    owned_by: str
+
+    def object(self) -> dict[str, Any]:
+        return {"id": self.id, "object": "model", "created": 0, "owned_by": self.owned_by}
+
+
+class Catalogue:
+    """Routes and models of this process. One writer: `run`. Opened and closed by app.py."""
+
+    def __init__(
+        self, routes: Routes, upstream: Upstream, *, probed: Iterable[str], on_models: Callable[[set[str]], None]
+    ) -> None:
+        self.routes = routes
+        self._upstream = upstream
+        self._probed = frozenset(probed)  # providers that are on only while they answer
+        self._on_models = on_models
+        self._listed: dict[str, Sequence[str]] = {name: p.models for name, p in routes.providers.items()}
+        self.reachable: dict[str, bool] = {}  # by provider, as of the last look
+        self._publish()
+
+    def resolve(self, model: str, own_credential: str | None, allowed: Sequence[str]) -> Target:
+        """The target for a model name. Raises ModelNotFound, or PermissionDenied when the key may not use it."""
+        target = self.routes.resolve(model, own_credential)
+        if allowed and not self._may(allowed, model, target):
+            raise PermissionDenied(f"this key may not use the model {model!r}", param="model", code="model_not_allowed")
+        return target
+
+    @staticmethod
+    def _may(allowed: Sequence[str], model: str, target: Target) -> bool:
+        names = (model, f"{target.provider.name}/{target.model}")
+        return any(fnmatchcase(name, pattern) for pattern in allowed for name in names)
+
+    def models(self, allowed: Sequence[str]) -> list[Model]:
+        """Every model that a key with these patterns may ask for by name, aliases first."""
+        routes = self.routes
+        found = {alias: "alias" for alias in routes.aliases}
+        for name, provider in routes.providers.items():
+            if provider.enabled:
+                for listed in self._listed.get(name, ()):
+                    found.setdefault(self._ask_for(provider, listed), provider.label)
+        return [Model(name, label) for name, label in found.items() if self._answers(name, allowed)]
+
+    def _answers(self, name: str, allowed: Sequence[str]) -> bool:
+        try:
+            self.resolve(name, None, allowed)
+        except GatewayError:
+            return False
+        return True
+
+    def _ask_for(self, provider: Provider, model: str) -> str:
+        """The plain name when it leads to this provider; else `provider/model`."""
+        try:
+            plain = self.routes.resolve(model).provider.name == provider.name
+        except GatewayError:
+            plain = False
+        return model if plain else f"{provider.name}/{model}"
+
+    async def run(self) -> None:
+        while True:
+            await self.refresh()
+            await asyncio.sleep(REFRESH)
+
+    async def refresh(self) -> None:
+        """Ask every provider that may answer for its models; one that fails keeps its last list."""
+        providers = [p for p in self.routes.providers.values() if p.enabled or p.name in self._probed]
+        await asyncio.gather(*(self._look_at(provider) for provider in providers))
+        self._publish()
+
+    async def _look_at(self, provider: Provider) -> None:
+        dialect = DIALECTS[provider.dialect]
+        try:
+            body = await self._upstream.get(provider, dialect.models_path, PROBE_TIMEOUT)
+            listed: Sequence[str] | None = dialect.models(orjson.loads(body))
+        except (GatewayError, ValueError) as error:
+            log.debug("models of %s: %s", provider.name, error)
+            listed = None
+        self.reachable[provider.name] = listed is not None
+        if provider.name in self._probed and provider.enabled != (listed is not None):
+            self.routes = self.routes.with_enabled(provider.name, listed is not None)
+        if listed is not None:
+            self._listed[provider.name] = [*dict.fromkeys([*provider.models, *listed])]
+
+    def _publish(self) -> None:
+        """Names that may become metric labels: the providers' and the operator's, never a client's."""
+        self._on_models({*self.routes.aliases, *(name for names in self._listed.values() for name in names)})

@@ -1,0 +1,72 @@
+"""The record of one request and its answer. Each field names its one writer; everybody may read."""
+
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gateway.protocol.chat import ChatRequest
+from gateway.protocol.meter import Meter
+from gateway.protocol.routing import Target
+
+Outcome = Literal[
+    "ok",
+    "client_abort",  # the client left first
+    "upstream_error",
+    "upstream_timeout",
+    "rejected",  # the provider answered with a 4xx
+    "interrupted",  # we went down before it ended
+]
+
+
+def new_id() -> str:
+    """A UUIDv7: sorts by time, and the journal, the ledger and the logs know the exchange by it (RFC 9562 5.7)."""
+    milliseconds = time.time_ns() // 1_000_000
+    tail = int.from_bytes(os.urandom(10), "big")
+    value = (milliseconds & (1 << 48) - 1) << 80 | tail
+    value = value & ~(0xF << 76) | 0x7 << 76
+    value = value & ~(0x3 << 62) | 0x2 << 62
+    text = f"{value:032x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who pays: a verified key, its owner and its limits. Frozen, cached, shared between requests."""
+
+    key_id: str
+    key_prefix: str  # what logs and stats show of the key: `aig_` and its id
+    key_name: str
+    account_id: str
+    role: Literal["admin", "member"]
+    requests_per_minute: int = 0  # 0: no limit
+    concurrent_requests: int = 0
+    allowed_models: tuple[str, ...] = ()  # empty: all; patterns as `gpt-*`
+
+
+@dataclass(slots=True)
+class Exchange:
+    id: str = field(default_factory=new_id)
+    started: float = field(default_factory=time.monotonic)  # seconds
+    started_at: float = field(default_factory=time.time)  # seconds since the epoch
+    headers: dict[str, str] = field(default_factory=dict)  # for the client's response; any of the below adds to it
+    client_request_id: str = ""  # middlewares.errors
+
+    principal: Principal | None = None  # middlewares.authenticate
+    user_id: str = ""  # middlewares.authenticate: X-User-Id
+    app_id: str = ""  # middlewares.authenticate: X-App-Id
+    own_credential: str | None = field(default=None, repr=False)  # middlewares.authenticate
+
+    chat: ChatRequest | None = None  # middlewares.read_call
+
+    target: Target | None = None  # handlers.chat
+    model: str = ""  # handlers.chat: the model the client asked for
+
+    meter: Meter | None = None  # relay, set just before the provider is called: a usage row is due from here on
+    outcome: Outcome = "interrupted"  # relay
+    status: int = 0  # relay, or middlewares.errors: the HTTP status the client saw; 0: it saw none
+    error_code: str = ""  # relay: code of the error that ended it, also in mid-stream
+    first_byte: float = 0.0  # relay: when the model's first text passed, seconds, monotonic; 0: never
+    counted_live: int = 0  # relay: completion tokens that the metrics have already
+    upstream_ms: float = 0.0  # relay: from the call to the provider's last byte
+    ended: float = 0.0  # middlewares.record_usage: seconds, monotonic

@@ -1,0 +1,291 @@
+"""Registration, and the keys of an account: made, listed, changed, revoked.
+
+Who may grant what: an admin, anything. A member, at most the deployment's defaults for a new key; and with a key in the
+hand instead of a password, at most what that key itself may do, so that a key given away cannot widen itself.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from gateway.appkeys import ACCOUNTS, KEYS, SETTINGS
+from gateway.exchange import Principal
+from gateway.identity import find_key, identify
+from gateway.protocol.chat import MAX_MODEL, parse_object
+from gateway.protocol.errors import (
+    InvalidRequest,
+    PayloadTooLarge,
+    PermissionDenied,
+    RequestTimeout,
+    Unauthenticated,
+    UnsupportedMediaType,
+)
+from gateway.settings import Settings
+from gateway.stores.key_rows import Key, KeyChanges
+
+MAX_BODY = 16 << 10  # bytes; the largest list of models fits
+MAX_LIMIT = 1_000_000  # of requests
+MAX_NAME = 100  # characters of a key's name
+MAX_MODELS = 100
+
+_KEY_PATH = "/auth/keys/{id:[0-9A-Za-z]{1,64}}"  # any other text is no id, and some no database takes
+
+
+def routes() -> list[web.RouteDef]:
+    return [
+        web.post("/auth/register", register),
+        web.post("/auth/keys", create_key),
+        web.get("/auth/keys", list_keys),
+        web.get(_KEY_PATH, show_key),
+        web.patch(_KEY_PATH, change_key),
+        web.delete(_KEY_PATH, revoke_key),
+    ]
+
+
+# --- accounts -----------------------------------------------------------------------------------------------------
+
+
+async def register(request: web.Request) -> web.Response:
+    fields = await _read_fields(request, {"email": _text, "password": _text}, required=("email", "password"))
+    registration = request.config_dict[SETTINGS].gateway_registration
+    accounts = request.config_dict[ACCOUNTS]
+    account = await accounts.register(fields["email"], fields["password"], registration=registration)
+    message = "Account created: the first one, so it is the admin." if account.role == "admin" else "Account created."
+    return _answer({"user_id": account.id, "message": message}, status=201)
+
+
+# --- keys ---------------------------------------------------------------------------------------------------------
+
+
+async def create_key(request: web.Request) -> web.Response:
+    checks = {"email": _text, "password": _text, **_KEY_FIELDS}
+    fields = await _read_fields(request, checks, required=("key_name",))
+    account_id, grant = await _creator(request, fields.get("email"), fields.get("password"))
+    settings = request.config_dict[SETTINGS]
+    limits = {
+        "requests_per_minute": settings.gateway_requests_per_minute,
+        "concurrent_requests": settings.gateway_concurrent_requests,
+        "allowed_models": (),
+        **{name: fields[name] for name in _LIMIT_FIELDS if name in fields},
+    }
+    grant.check(limits)
+    key = await request.config_dict[KEYS].create(account_id, fields["key_name"], **limits)
+    body = {
+        "api_key": key.token,
+        "prefix": key.prefix,
+        "id": key.id,
+        "message": "Keep this key now: it is not shown again.",
+    }
+    return _answer(body, status=201)
+
+
+async def list_keys(request: web.Request) -> web.Response:
+    principal, _ = await identify(request)
+    keys = await request.config_dict[KEYS].list(_tenant(principal))
+    return _answer({"keys": [_shown(key) for key in keys]})
+
+
+async def show_key(request: web.Request) -> web.Response:
+    principal, _ = await identify(request)
+    key = await request.config_dict[KEYS].get(request.match_info["id"], _tenant(principal))
+    return _answer(_shown(key))
+
+
+async def change_key(request: web.Request) -> web.Response:
+    principal, _ = await identify(request)
+    fields = await _read_fields(request, _KEY_FIELDS)
+    limits = {name: fields[name] for name in _LIMIT_FIELDS if name in fields}
+    _grant_of(principal, request.config_dict[SETTINGS]).check(limits)
+    changes = KeyChanges(name=fields.get("key_name"), **limits)
+    key = await request.config_dict[KEYS].change(request.match_info["id"], _tenant(principal), changes)
+    return _answer(_shown(key))
+
+
+async def revoke_key(request: web.Request) -> web.Response:
+    principal, _ = await identify(request)
+    key_id = request.match_info["id"]
+    await request.config_dict[KEYS].revoke(key_id, _tenant(principal))
+    return _answer({"id": key_id, "revoked": True})
+
+
+def _tenant(principal: Principal) -> str | None:
+    """Whose keys there are for this caller; None: everybody's."""
+    return None if principal.role == "admin" else principal.account_id
+
+
+def _shown(key: Key) -> dict[str, Any]:
+    return {
+        "id": key.id,
+        "prefix": key.prefix,
+        "key_name": key.name,
+        "user_id": key.account_id,
+        "email": key.email,
+        "requests_per_minute": key.requests_per_minute,
+        "concurrent_requests": key.concurrent_requests,
+        "allowed_models": key.allowed_models,
+        "created_at": key.created_at,
+        "revoked_at": key.revoked_at,
+    }
+
+
+def _answer(body: Mapping[str, Any], status: int = 200) -> web.Response:
+    headers = {"Cache-Control": "no-store"}  # it may hold a key
+    return web.Response(body=orjson.dumps(body), status=status, headers=headers, content_type="application/json")
+
+
+# --- who may grant what -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The most that may be granted. 0 and an empty list are no limit, and so more than any."""
+
+    requests_per_minute: int = 0
+    concurrent_requests: int = 0
+    allowed_models: Sequence[str] = ()
+
+    def check(self, limits: Mapping[str, Any]) -> None:
+        """Raises PermissionDenied naming the first limit that goes beyond."""
+        for name in ("requests_per_minute", "concurrent_requests"):
+            most = getattr(self, name)
+            if most and name in limits and not 0 < limits[name] <= most:
+                raise PermissionDenied(f"{name} beyond 1 to {most} is for an admin to grant", param=name)
+        models = limits.get("allowed_models")
+        if models is not None and self.allowed_models and not _covers(self.allowed_models, models):
+            raise PermissionDenied("a key can only grant models that it may use itself", param="allowed_models")
+
+
+def _covers(patterns: Sequence[str], models: Sequence[str]) -> bool:
+    """May nothing more be asked for with `models` than with `patterns`?"""
+    return bool(models) and all(any(_within(model, pattern) for pattern in patterns) for model in models)
+
+
+def _within(model: str, pattern: str) -> bool:
+    if model == pattern:
+        return True
+    # A pattern that is narrower by its looks may still be wider; only `gpt-4*` within `gpt-*` is certain.
+    plain = not set("*?[") & set(model.removesuffix("*"))
+    simple = pattern.endswith("*") and not set("*?[") & set(pattern[:-1])
+    return plain and (simple or not model.endswith("*")) and fnmatchcase(model, pattern)
+
+
+async def _creator(request: web.Request, email: str | None, password: str | None) -> tuple[str, Grant]:
+    """Whose the new key is, and what may be granted: by email and password, or by an admin's key in the headers."""
+    settings, accounts = request.config_dict[SETTINGS], request.config_dict[ACCOUNTS]
+    if password is not None:
+        if email is None:
+            raise InvalidRequest("email is missing", param="email", code="missing_required_parameter")
+        account = await accounts.login(email, password, address=request.remote or "")
+        return account.id, Grant() if account.role == "admin" else _default_grant(settings)
+    if find_key(request.headers)[0] is None:
+        raise Unauthenticated("send the account's email and password, or an admin's key in the headers")
+    principal, _ = await identify(request)
+    if principal.role != "admin":
+        raise PermissionDenied("only an admin's key makes keys; others send email and password")
+    owner = principal.account_id if email is None else (await accounts.find(email)).id
+    return owner, Grant()
+
+
+def _default_grant(settings: Settings) -> Grant:
+    return Grant(settings.gateway_requests_per_minute, settings.gateway_concurrent_requests)
+
+
+def _grant_of(principal: Principal, settings: Settings) -> Grant:
+    if principal.role == "admin":
+        return Grant()
+    default = _default_grant(settings)
+    return Grant(
+        _lower(default.requests_per_minute, principal.requests_per_minute),
+        _lower(default.concurrent_requests, principal.concurrent_requests),
+        principal.allowed_models,
+    )
+
+
+def _lower(one: int, other: int) -> int:
+    return min(one, other) if one and other else one or other
+
+
+# --- bodies -------------------------------------------------------------------------------------------------------
+
+Check = Callable[[str, Any], Any]
+
+
+async def _read_fields(
+    request: web.Request, checks: Mapping[str, Check], required: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The checked fields of the body. A field that is not in `checks` is refused: a slip would be a limit not set."""
+    fields = parse_object(await _read_body(request))
+    for name in fields:
+        if name not in checks:
+            raise InvalidRequest(f"unknown parameter {name[:64]!r}", param=name[:64], code="unknown_parameter")
+    for name in required:
+        if name not in fields:
+            raise InvalidRequest(f"{name} is missing", param=name, code="missing_required_parameter")
+    return {name: checks[name](name, value) for name, value in fields.items()}
+
+
+async def _read_body(request: web.Request) -> bytes:
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaType("compressed request bodies are not taken: send it without Content-Encoding")
+    if (request.content_length or 0) > MAX_BODY:
+        raise _too_large()
+    seconds = request.config_dict[SETTINGS].gateway_body_timeout
+    body = bytearray()
+    try:
+        async with asyncio.timeout(seconds):
+            async for data in request.content.iter_any():
+                body += data
+                if len(body) > MAX_BODY:
+                    raise _too_large()
+    except TimeoutError:
+        raise RequestTimeout(f"the request body did not arrive within {seconds:g} s") from None
+    except web.RequestPayloadError:
+        raise InvalidRequest("the request body is not framed as HTTP demands") from None
+    return bytes(body)
+
+
+def _too_large() -> PayloadTooLarge:
+    return PayloadTooLarge(f"a request body may have at most {MAX_BODY} bytes here")
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise InvalidRequest(f"invalid {name}: a string is required", param=name)
+    return value
+
+
+def _name(name: str, value: Any) -> str:
+    text = _text(name, value).strip()
+    if not 0 < len(text) <= MAX_NAME or not text.isprintable():
+        raise InvalidRequest(f"invalid {name}: 1 to {MAX_NAME} printable characters are required", param=name)
+    return text
+
+
+def _limit(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_LIMIT:
+        raise InvalidRequest(f"invalid {name}: an integer from 0 (no limit) to {MAX_LIMIT} is required", param=name)
+    return value
+
+
+def _models(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or len(value) > MAX_MODELS:
+        raise InvalidRequest(f"invalid {name}: an array of at most {MAX_MODELS} models is required", param=name)
+    for model in value:
+        if not isinstance(model, str) or not 0 < len(model) <= MAX_MODEL or not model.isprintable():
+            raise InvalidRequest(
+                f"invalid {name}: each is a model or a pattern of 1 to {MAX_MODEL} printable characters", param=name
+            )
+    return tuple(value)
+
+
+_LIMIT_FIELDS: Mapping[str, Check] = {
+    "requests_per_minute": _limit,
+    "concurrent_requests": _limit,
+    "allowed_models": _models,
+}
+_KEY_FIELDS: Mapping[str, Check] = {"key_name": _name, **_LIMIT_FIELDS}

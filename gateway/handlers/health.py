@@ -1,0 +1,72 @@
+"""Is it up, can it serve, what does it depend on; and the metrics."""
+
+from time import monotonic
+
+import orjson
+from aiohttp import web
+
+from gateway import __version__
+from gateway.appkeys import CATALOGUE, LIMITER, METRICS, POOL, PULSE, USAGE
+from gateway.metrics import CONTENT_TYPE
+from gateway.protocol.errors import Unavailable
+from gateway.stores.postgres import COMMAND_TIMEOUT, Pool, connection
+
+_STARTED = monotonic()
+
+
+def routes() -> list[web.RouteDef]:
+    return [
+        web.get("/health", report),
+        web.get("/health/live", live),
+        web.get("/health/ready", ready),
+        web.get("/metrics", metrics),
+    ]
+
+
+async def live(request: web.Request) -> web.Response:
+    """200 as long as the process answers at all."""
+    return web.json_response({"status": "live"})
+
+
+async def ready(request: web.Request) -> web.Response:
+    """200 only when it can serve. Postgres or Redis gone is no reason to say no: known keys are served without them."""
+    if request.config_dict[PULSE].draining:
+        return web.json_response({"status": "draining"}, status=503)
+    return web.json_response({"status": "ready"})
+
+
+async def report(request: web.Request) -> web.Response:
+    app = request.config_dict
+    postgres = await _postgres(app[POOL])
+    catalogue = app[CATALOGUE]
+    degraded = postgres != "up" or app[LIMITER].state != "redis"
+    body = {
+        "status": "draining" if app[PULSE].draining else "degraded" if degraded else "ok",
+        "version": __version__,
+        "uptime_seconds": round(monotonic() - _STARTED),
+        "dependencies": {"postgres": postgres, "redis": "up" if app[LIMITER].state == "redis" else "down"},
+        "limiter": app[LIMITER].state,
+        "usage_rows_waiting": app[USAGE].queued,
+        "open_streams": app[PULSE].open_streams,
+        "providers": {
+            name: {"enabled": provider.enabled, "reachable": catalogue.reachable.get(name)}
+            for name, provider in catalogue.routes.providers.items()
+        },
+    }
+    return web.Response(body=orjson.dumps(body), content_type="application/json")
+
+
+async def _postgres(pool: Pool) -> str:
+    try:
+        async with connection(pool) as borrowed:
+            await borrowed.fetchval("select 1", timeout=COMMAND_TIMEOUT)
+    except Unavailable:
+        return "down"
+    return "up"
+
+
+async def metrics(request: web.Request) -> web.Response:
+    return web.Response(
+        body=request.config_dict[METRICS].render(),
+        headers={"Content-Type": CONTENT_TYPE},
+    )

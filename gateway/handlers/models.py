@@ -1,0 +1,32 @@
+"""GET /v1/models and /v1/models/{id}: what this key may ask for, merged over providers."""
+
+import orjson
+from aiohttp import web
+
+from gateway.appkeys import CATALOGUE, EXCHANGE
+from gateway.protocol.errors import ModelNotFound
+from gateway.relay import json_response
+
+
+def routes() -> list[web.RouteDef]:
+    # A model's name may hold a slash: `openai/gpt-4o`.
+    return [web.get("/models", list_models), web.get("/models/{id:.+}", show_model)]
+
+
+async def list_models(request: web.Request) -> web.Response:
+    models = request.config_dict[CATALOGUE].models(_allowed(request))
+    return json_response(request, orjson.dumps({"object": "list", "data": [model.object() for model in models]}))
+
+
+async def show_model(request: web.Request) -> web.Response:
+    asked = request.match_info["id"]
+    for model in request.config_dict[CATALOGUE].models(_allowed(request)):
+        if model.id == asked:
+            return json_response(request, orjson.dumps(model.object()))
+    raise ModelNotFound(f"the model {asked[:128]!r} does not exist here, or this key may not use it", param="model")
+
+
+def _allowed(request: web.Request) -> tuple[str, ...]:
+    principal = request[EXCHANGE].principal
+    assert principal is not None
+    return principal.allowed_models

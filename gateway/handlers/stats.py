@@ -1,0 +1,209 @@
+"""What was used: figures, and the rows they are made of. A member sees its own, an admin everybody's."""
+
+import asyncio
+import csv
+import io
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from datetime import UTC, datetime
+from typing import Any, NoReturn
+from uuid import UUID
+
+import orjson
+from aiohttp import web
+
+from gateway.appkeys import USAGE
+from gateway.exchange import Principal
+from gateway.identity import identify
+from gateway.protocol.chat import MAX_MODEL
+from gateway.protocol.errors import InvalidRequest
+from gateway.stores.tokens import prefix_of
+from gateway.stores.usage import GROUP_BY, RANGES, Figures, Scope, UsageRow
+
+MAX_ROWS = 1000  # of one page
+DEFAULT_ROWS = 100
+MAX_LABEL = 128  # characters of X-User-Id and X-App-Id
+FORMATS = ("json", "csv")
+
+_FILTERS = frozenset({"range", "user", "app", "model"})
+
+
+def routes() -> list[web.RouteDef]:
+    return [web.get("/api/stats", stats), web.get("/api/usage", usage)]
+
+
+async def stats(request: web.Request) -> web.Response:
+    """Totals of a range and of the last hour, top models, and groups.
+
+    Rows that are still `queued` in this process are in no figure; `as_of` is the moment that all figures are of.
+    """
+    principal, _ = await identify(request)
+    query = _query(request, _FILTERS | {"group_by"})
+    group_by = _choice(query, "group_by", GROUP_BY, "")
+    scope = _scope(principal, query, default_range="24h")
+    store = request.config_dict[USAGE]
+    found = await store.stats(scope, group_by or None)
+    body: dict[str, Any] = {
+        "range": scope.range,
+        "as_of": found.as_of,
+        "queued": store.queued,
+        "totals": _figures(found.totals),
+        "last_hour": _figures(found.last_hour),
+        "top_models": [{"model": top.name, **_figures(top)} for top in found.top_models],
+    }
+    if group_by:
+        body["group_by"] = group_by
+        body["groups"] = [_group(group_by, group) for group in found.groups]
+        body["more_groups"] = found.more_groups
+    return _json(body)
+
+
+async def usage(request: web.Request) -> web.Response:
+    """A page of rows, newest first; the next page begins at `next_cursor` (CSV: the header `X-Next-Cursor`)."""
+    principal, _ = await identify(request)
+    query = _query(request, _FILTERS | {"limit", "cursor", "format"})
+    form = _choice(query, "format", FORMATS, "json")
+    limit, cursor = _limit(query), _cursor(query)
+    scope = _scope(principal, query, default_range="all")
+    store = request.config_dict[USAGE]
+    found = await store.rows(scope, cursor, limit + 1)
+    page, more = found[:limit], len(found) > limit
+    next_cursor = page[-1].request_id if more else None
+    # A thousand rows are five milliseconds of work as JSON and twenty as CSV: streams would feel it.
+    if form == "csv":
+        return await asyncio.to_thread(_csv, page, next_cursor)
+    return await asyncio.to_thread(_page, page, next_cursor, store.queued)
+
+
+# --- what was asked -----------------------------------------------------------------------------------------------
+
+
+def _query(request: web.Request, known: Collection[str]) -> Mapping[str, str]:
+    """The parameters that were given a value. A misspelt filter would show more than was asked for: it is refused."""
+    given: dict[str, str] = {}
+    for name, value in request.query.items():
+        if name not in known:
+            _refuse(name[:64], f"unknown here; known are {', '.join(sorted(known))}")
+        if name in given:
+            _refuse(name, "given twice")
+        given[name] = value
+    return {name: value for name, value in given.items() if value}
+
+
+def _scope(principal: Principal, query: Mapping[str, str], *, default_range: str) -> Scope:
+    return Scope(
+        account_id=None if principal.role == "admin" else principal.account_id,
+        range=_choice(query, "range", RANGES, default_range),
+        user=_text(query, "user", MAX_LABEL),
+        app=_text(query, "app", MAX_LABEL),
+        model=_text(query, "model", MAX_MODEL),
+    )
+
+
+def _choice(query: Mapping[str, str], name: str, choices: Collection[str], default: str) -> str:
+    value = query.get(name, default)
+    if value not in choices and value != default:
+        _refuse(name, f"one of {', '.join(choices)} is required")
+    return value
+
+
+def _text(query: Mapping[str, str], name: str, longest: int) -> str | None:
+    value = query.get(name)
+    if value is not None and (len(value) > longest or not value.isprintable()):
+        _refuse(name, f"at most {longest} printable characters")
+    return value
+
+
+def _limit(query: Mapping[str, str]) -> int:
+    value = query.get("limit", str(DEFAULT_ROWS))
+    if not value.isascii() or not value.isdecimal() or len(value) > 4 or not 1 <= int(value) <= MAX_ROWS:
+        _refuse("limit", f"a number from 1 to {MAX_ROWS} is required")
+    return int(value)
+
+
+def _cursor(query: Mapping[str, str]) -> str | None:
+    value = query.get("cursor")
+    if value is None:
+        return None
+    try:
+        return str(UUID(value))
+    except ValueError:
+        _refuse("cursor", "take it from the page before")
+
+
+def _refuse(param: str, problem: str) -> NoReturn:
+    raise InvalidRequest(f"invalid {param}: {problem}", param=param)
+
+
+# --- what is answered ---------------------------------------------------------------------------------------------
+
+
+def _json(body: Mapping[str, Any]) -> web.Response:
+    return web.Response(
+        body=orjson.dumps(body, option=orjson.OPT_UTC_Z),
+        content_type="application/json",
+        headers={"Cache-Control": "no-store"},
+    )
+
+
+def _figures(figures: Figures) -> dict[str, Any]:
+    return {
+        "requests": figures.requests,
+        "errors": figures.errors,
+        "error_rate": round(figures.error_rate, 4),
+        "client_aborts": figures.client_aborts,
+        "prompt_tokens": figures.prompt_tokens,
+        "completion_tokens": figures.completion_tokens,
+        "total_tokens": figures.total_tokens,
+        "cached_tokens": figures.cached_tokens,
+        "average_latency_ms": _rounded(figures.average_latency_ms),
+        "average_ttft_ms": _rounded(figures.average_ttft_ms),
+    }
+
+
+def _rounded(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else round(milliseconds, 1)
+
+
+def _group(group_by: str, group: Figures) -> dict[str, Any]:
+    name = prefix_of(group.name) if group_by == "key" else group.name
+    return {group_by: name, **_figures(group)}
+
+
+_COLUMNS = tuple(field.name for field in fields(UsageRow) if field.name != "key_id")
+
+
+def _row(row: UsageRow) -> dict[str, Any]:
+    """The row as the table has it, but for the key: what people see of one is its prefix."""
+    columns = {name: getattr(row, name) for name in _COLUMNS}
+    return {**columns, "key": prefix_of(row.key_id), "total_tokens": row.total_tokens}
+
+
+def _page(rows: list[UsageRow], next_cursor: str | None, queued: int) -> web.Response:
+    return _json({"data": [_row(row) for row in rows], "next_cursor": next_cursor, "queued": queued})
+
+
+def _csv(rows: list[UsageRow], next_cursor: str | None) -> web.Response:
+    """RFC 4180, with a header line."""
+    headers = {"Cache-Control": "no-store", "Content-Disposition": 'attachment; filename="usage.csv"'}
+    if next_cursor is not None:
+        headers["X-Next-Cursor"] = next_cursor
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\r\n")
+    writer.writerow([*_COLUMNS, "key", "total_tokens"])
+    writer.writerows([_cell(value) for value in _row(row).values()] for row in rows)
+    return web.Response(text=out.getvalue(), content_type="text/csv", charset="utf-8", headers=headers)
+
+
+# What makes a spreadsheet take a cell for a formula (https://owasp.org/www-community/attacks/CSV_Injection).
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, str):
+        return f"'{value}" if value.startswith(_FORMULA) else value
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "" if value is None else str(value)

@@ -1,0 +1,82 @@
+"""Who asks: the gateway's key in the headers, and the provider credential that a caller may bring beside it."""
+
+from typing import NoReturn
+
+from aiohttp import hdrs, web
+from multidict import CIMultiDictProxy
+
+from gateway.appkeys import KEYS
+from gateway.exchange import Principal
+from gateway.protocol.errors import InvalidRequest, RateLimited, Unauthenticated
+from gateway.stores.tokens import PREFIX
+
+API_KEY = "X-API-Key"
+MAX_CREDENTIAL = 4096  # characters; some providers' are signed tokens of two thousand
+
+
+async def identify(request: web.Request) -> tuple[Principal, str | None]:
+    """Who pays, and the caller's own provider credential if one came along.
+
+    Raises Unauthenticated; from an address with too many wrong keys, RateLimited for wrong ones alone; Unavailable.
+    """
+    token, own_credential = find_key(request.headers)
+    if token is None:
+        raise Unauthenticated(f"no API key provided: send 'Authorization: Bearer {PREFIX}…' or '{API_KEY}: {PREFIX}…'")
+    keys = request.config_dict[KEYS]
+    try:
+        return await keys.verify(token), own_credential
+    except Unauthenticated:
+        address = request.remote or ""
+        wait = keys.failures.wait(address)
+        if wait:
+            raise RateLimited(
+                "too many wrong keys from this address; wait a minute", code="too_many_failures", retry_after=wait
+            ) from None
+        keys.failures.add(address)
+        raise
+
+
+def find_key(headers: CIMultiDictProxy[str]) -> tuple[str | None, str | None]:
+    """The gateway's key and the caller's own provider credential, each None when it is not there.
+
+    The gateway's key is the value that starts with `aig_`, in `Authorization: Bearer` or in `X-API-Key`. Only with the
+    key in `X-API-Key` is another bearer token the caller's own credential; all else in these headers is ignored.
+    Raises Unauthenticated when two keys contradict each other, InvalidRequest for a credential that cannot be one.
+    """
+    bearer = _bearer(_one(headers, hdrs.AUTHORIZATION))
+    plain = _one(headers, API_KEY)
+    if not plain.startswith(PREFIX):
+        return (bearer, None) if bearer.startswith(PREFIX) else (None, None)
+    if bearer.startswith(PREFIX) and bearer != plain:
+        _contradiction(f"{hdrs.AUTHORIZATION} and {API_KEY}")
+    if not bearer or bearer == plain:
+        return plain, None
+    return plain, _credential(bearer)
+
+
+def _one(headers: CIMultiDictProxy[str], name: str) -> str:
+    """The header's value; empty when it was not sent."""
+    values = {value.strip() for value in headers.getall(name, ())}
+    if len(values) > 1:
+        _contradiction(f"two {name} headers")
+    return next(iter(values), "")
+
+
+def _bearer(authorization: str) -> str:
+    """The token, RFC 6750 2.1; the scheme's case does not matter, RFC 9110 11.1."""
+    scheme, _, token = authorization.partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
+def _credential(token: str) -> str:
+    """It will stand in a header of ours to the provider."""
+    if len(token) > MAX_CREDENTIAL or not token.isascii() or not token.isprintable() or " " in token:
+        raise InvalidRequest(
+            f"invalid {hdrs.AUTHORIZATION}: a credential has at most {MAX_CREDENTIAL} visible ASCII characters",
+            param=hdrs.AUTHORIZATION,
+        )
+    return token
+
+
+def _contradiction(where: str) -> NoReturn:
+    raise Unauthenticated(f"{where} hold different API keys: send one")

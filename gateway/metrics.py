@@ -1,0 +1,393 @@
+"""Every metric of the gateway: its name with its unit, its labels, one sentence.
+
+aioprometheus keeps the registry and writes the page. Three things it does not do are done here, once:
+
+Rule 1: label values are escaped. Its formatter writes them as they are, so a quote in one could plant a series.
+Rule 2: a metric has at most so many series; what comes after is counted under the label values `other`.
+Rule 3: the hot path holds a bound series (`metric.labels("a", "b")`, cached) and adds to a plain number.
+
+Text that a client chose is never a label: a model is named only when the operator or a provider named it.
+"""
+
+import os
+import platform
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from aioprometheus.collectors import Collector, Counter, Gauge, Histogram, Registry
+from aioprometheus.renderer import render
+
+from gateway import __version__
+from gateway.exchange import Exchange
+from gateway.protocol.errors import UPSTREAM_ERROR_KINDS
+from gateway.protocol.usage import Usage
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OTHER = "other"  # a label value beyond the cap, or one that a client made up
+NONE = "none"  # the provider of a request that was refused before it had one
+
+# Series that one metric may have. Prometheus asks for labels whose values number fewer than ten, with few exceptions
+# (https://prometheus.io/docs/practices/instrumentation/#do-not-overuse-labels); `model` is our exception.
+MAX_SERIES = 1000
+MAX_HISTOGRAMS = 40  # of one metric; each is about twenty lines of the page
+
+TOKEN_KINDS = ("prompt", "completion", "cached", "cache_write", "reasoning")
+USAGE_SOURCES = ("provider", "counted", "estimated")
+RATE_LIMITED_REASONS = (
+    "requests_per_minute",
+    "concurrent_requests",
+    "global_requests_per_minute",
+    "unavailable",
+)
+AUTH_FAILURE_REASONS = ("missing", "invalid", "throttled", "unavailable")
+CLIENT_ABORT_PHASES = ("ttft", "stream")
+USAGE_ROW_RESULTS = ("written", "failed", "dropped")
+DEPENDENCIES = ("postgres", "redis")
+
+# OpenTelemetry's buckets for gen_ai.client.operation.duration, in milliseconds, and two more for answers of minutes;
+# and for gen_ai.server.time_to_first_token (https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics/).
+DURATION_MS = tuple(10.0 * 2**power for power in range(16))
+FIRST_TOKEN_SECONDS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0, 60.0,
+)  # fmt: skip
+OVERHEAD_SECONDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+
+_STATM = Path("/proc/self/statm")  # Linux only, as in Prometheus's own client libraries
+
+
+class Metrics:
+    """The metrics of one process, and their page. Each instance has a registry of its own.
+
+    `known_models` may grow while the gateway runs: what is in it becomes a label, so only an operator's file or a
+    provider's list may add to it.
+    """
+
+    def __init__(self, *, known_models: Iterable[str] = (), providers: Iterable[str] = ()) -> None:
+        self.known_models = set(known_models)
+        self._providers = tuple(providers)
+        self._registry = Registry()
+        self._declare_traffic()
+        self._declare_faults()
+        self._declare_usage()
+        self._declare_process()
+
+    def _declare_traffic(self) -> None:
+        self.requests = self._counter(
+            "gateway_requests_total",
+            "Requests by model asked for, provider and HTTP status that the client saw (0: it had left).",
+            ("model", "provider", "status"),
+        )
+        self.request_duration_ms = self._histogram(
+            "gateway_request_duration_ms",
+            "Milliseconds from a request's arrival to the last byte of its answer.",
+            ("provider",),
+            DURATION_MS,
+        )
+        self.time_to_first_token_seconds = self._histogram(
+            "gateway_time_to_first_token_seconds",
+            "Seconds from a streamed request's arrival to the first text of the model.",
+            ("provider",),
+            FIRST_TOKEN_SECONDS,
+        )
+        self.overhead_seconds = self._histogram(
+            "gateway_overhead_seconds",
+            "Seconds of a request that were not spent on its provider.",
+            (),
+            OVERHEAD_SECONDS,
+        ).labels()
+        self.tokens = self._counter(
+            "gateway_tokens_total",
+            "Tokens; cached and cache_write are parts of prompt, reasoning is a part of completion.",
+            ("model", "provider", "kind"),
+        )
+        self.streams_open = self._gauge("gateway_streams_open", "Streams that are open to clients now.").labels()
+        for provider in self._providers:
+            self.request_duration_ms.labels(provider)
+            self.time_to_first_token_seconds.labels(provider)
+
+    def _declare_faults(self) -> None:
+        self.rate_limited = self._counter(
+            "gateway_rate_limited_total",
+            "Requests that the limiter refused, by the limit they met.",
+            ("reason",),
+            RATE_LIMITED_REASONS,
+        )
+        self.limiter_local = self._gauge(
+            "gateway_limiter_local", "1 while limits are kept by this process alone, because Redis is gone."
+        ).labels()
+        self.auth_failures = self._counter(
+            "gateway_auth_failures_total",
+            "Requests without a valid key, by what was wrong.",
+            ("reason",),
+            AUTH_FAILURE_REASONS,
+        )
+        self.upstream_errors = self._counter(
+            "gateway_upstream_errors_total",
+            "Failed calls of a provider, by kind.",
+            ("provider", "kind"),
+            self._providers,
+            UPSTREAM_ERROR_KINDS,
+        )
+        self.client_aborts = self._counter(
+            "gateway_client_aborts_total",
+            "Clients that left before their answer ended: before the first token (ttft), or after it (stream).",
+            ("phase",),
+            CLIENT_ABORT_PHASES,
+        )
+        self.dependency_errors = self._counter(
+            "gateway_dependency_errors_total",
+            "Failed calls of a dependency of the gateway's own.",
+            ("dependency",),
+            DEPENDENCIES,
+        )
+
+    def _declare_usage(self) -> None:
+        self.usage_rows = self._counter(
+            "gateway_usage_rows_total",
+            "Usage rows by what became of them: written, failed (the database refused the row), dropped (no room).",
+            ("result",),
+            USAGE_ROW_RESULTS,
+        )
+        self.usage_queue = self._gauge("gateway_usage_queue", "Usage rows not yet in the database.").labels()
+        self.usage_sources = self._counter(
+            "gateway_usage_source_total",
+            "Exchanges with usage, by who counted: the provider, or the gateway because it did not say.",
+            ("source",),
+            USAGE_SOURCES,
+        )
+
+    def _declare_process(self) -> None:
+        started = time.monotonic()
+        uptime = self._gauge("gateway_uptime_seconds", "Seconds since this process started to serve.")
+        uptime.labels().follow(lambda: time.monotonic() - started)
+        if _STATM.exists():
+            memory = self._gauge("process_resident_memory_bytes", "Memory of this process that is in RAM, in bytes.")
+            memory.labels().follow(resident_bytes)
+        build = self._gauge("gateway_build_info", "Always 1; the labels say what runs.", ("version", "python"))
+        build.labels(__version__, platform.python_version()).set(1)
+
+    # --- what is counted ------------------------------------------------------------------------------------------
+
+    def model_label(self, name: str) -> str:
+        return name if name in self.known_models else OTHER
+
+    def tokens_live(self, model: str, provider: str) -> "CounterSeries":
+        """Where completion tokens are counted while a stream runs; tell `exchange_ended` how many were."""
+        return self.tokens.labels(self.model_label(model), provider, "completion")
+
+    def exchange_ended(
+        self, exchange: Exchange, usage: Usage | None = None, source: str = "", *, counted_live: int = 0
+    ) -> None:
+        """Count a finished exchange: request, times, tokens, and a client that left.
+
+        `usage` and `source` are the meter's result, None when no provider was called. Upstream errors, refusals and
+        failed keys are not in the record: who raises them counts them.
+        """
+        model = self.model_label(exchange.model)
+        provider = exchange.target.provider.name if exchange.target is not None else NONE
+        self.requests.labels(model, provider, _status_label(exchange.status)).inc()
+        self._count_times(exchange, provider)
+        if exchange.outcome == "client_abort":
+            self.client_aborts.labels("stream" if exchange.first_byte else "ttft").inc()
+        if usage is not None:
+            self.usage_sources.labels(source).inc()
+            self._count_tokens(model, provider, usage, counted_live)
+
+    def _count_times(self, exchange: Exchange, provider: str) -> None:
+        seconds = (exchange.ended or time.monotonic()) - exchange.started
+        self.request_duration_ms.labels(provider).observe(seconds * 1000)
+        if exchange.upstream_ms:
+            self.overhead_seconds.observe(max(0.0, seconds - exchange.upstream_ms / 1000))
+        if exchange.first_byte and exchange.chat is not None and exchange.chat.stream:
+            self.time_to_first_token_seconds.labels(provider).observe(exchange.first_byte - exchange.started)
+
+    def _count_tokens(self, model: str, provider: str, usage: Usage, counted_live: int) -> None:
+        counts = (
+            usage.prompt_tokens or 0,
+            # A live count above the provider's stays: a counter never goes down.
+            max(0, (usage.completion_tokens or 0) - counted_live),
+            usage.cached_tokens,
+            usage.cache_write_tokens,
+            usage.reasoning_tokens,
+        )
+        for kind, count in zip(TOKEN_KINDS, counts, strict=True):
+            self.tokens.labels(model, provider, kind).inc(count)
+
+    def render(self) -> bytes:
+        """The page, in Prometheus's text format 0.0.4 (CONTENT_TYPE).
+
+        About 5 µs a line, so a thread is the place for it; series that are added meanwhile do it no harm.
+        """
+        page, _ = render(self._registry, ())
+        return page
+
+    # --- how a metric is made -------------------------------------------------------------------------------------
+
+    def _counter(self, name: str, doc: str, labels: Sequence[str], *closed_sets: Sequence[str]) -> "LabelledCounter":
+        """A counter; when every label is a closed set, all its series are there from the start, at zero.
+
+        A series that appears with its first error hides that error from `rate()`
+        (https://prometheus.io/docs/practices/instrumentation/#avoid-missing-metrics).
+        """
+        counter = LabelledCounter(self._registry, name, doc, labels, CounterSeries)
+        if closed_sets:
+            for values in product(*closed_sets):
+                counter.labels(*values)
+        return counter
+
+    def _gauge(self, name: str, doc: str, labels: Sequence[str] = ()) -> "LabelledGauge":
+        return LabelledGauge(self._registry, name, doc, labels, GaugeSeries)
+
+    def _histogram(self, name: str, doc: str, labels: Sequence[str], bounds: Sequence[float]) -> "LabelledHistogram":
+        return LabelledHistogram(self._registry, name, doc, labels, lambda: HistogramSeries(bounds))
+
+
+def _status_label(status: int) -> str:
+    return str(status) if status == 0 or 100 <= status <= 599 else OTHER
+
+
+def resident_bytes() -> float:
+    """Second field of /proc/self/statm, in pages (proc_pid_statm(5))."""
+    return int(_STATM.read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# --- series -------------------------------------------------------------------------------------------------------
+
+
+class Sampled(Protocol):
+    def sample(self) -> Any:
+        """What aioprometheus's formatter prints for the series: a number, or a histogram's lines by name."""
+        ...
+
+
+class CounterSeries:
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value: float = 0
+
+    def inc(self, n: float = 1) -> None:
+        """Add `n`. What is not positive adds nothing: a counter never goes down, and counting never raises."""
+        if n > 0:
+            self.value += n
+
+    def sample(self) -> float:
+        return self.value
+
+
+class GaugeSeries:
+    __slots__ = ("_read", "value")
+
+    def __init__(self) -> None:
+        self.value: float = 0
+        self._read: Callable[[], float] | None = None
+
+    def set(self, value: float) -> None:
+        self.value = value
+
+    def inc(self, n: float = 1) -> None:
+        self.value += n
+
+    def dec(self, n: float = 1) -> None:
+        self.value -= n
+
+    def follow(self, read: Callable[[], float]) -> None:
+        """From now on the page asks `read`, which must not raise."""
+        self._read = read
+
+    def sample(self) -> float:
+        return self.value if self._read is None else float(self._read())
+
+
+class HistogramSeries:
+    __slots__ = ("_bounds", "_counts", "sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)  # of each bucket alone; the page adds them up
+        self.sum = 0.0
+
+    @property
+    def count(self) -> int:
+        return sum(self._counts)
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self.sum += value
+
+    def sample(self) -> dict[float | str, float]:
+        lines: dict[float | str, float] = {}
+        total = 0
+        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
+            total += count
+            lines[bound] = total
+        return {**lines, "count": total, "sum": self.sum}
+
+
+S = TypeVar("S", bound=Sampled)
+
+
+class Labelled(Collector, Generic[S]):
+    """A collector of aioprometheus's that holds its series itself, by their label values."""
+
+    cap = MAX_SERIES
+
+    def __init__(
+        self, registry: Registry, name: str, doc: str, label_names: Sequence[str], new: Callable[[], S]
+    ) -> None:
+        super().__init__(name, doc, registry=registry)
+        self._label_names = tuple(label_names)
+        self._new = new
+        self._series: dict[tuple[str, ...], S] = {}
+        self._overflow: S | None = None  # the series `other`, once the cap was met
+
+    def labels(self, *values: str) -> S:
+        """The series with these label values, the same object every time; beyond the cap the one named `other`."""
+        series = self._series.get(values)
+        return series if series is not None else self._add(values)
+
+    def _add(self, values: tuple[str, ...]) -> S:
+        if len(values) != len(self._label_names):
+            raise ValueError(f"{self.name} has {len(self._label_names)} labels, {len(values)} were given")
+        if len(self._series) >= self.cap:
+            self._overflow = self._overflow or self._new()
+            return self._overflow
+        self._series[values] = series = self._new()
+        return series
+
+    def get_all(self) -> list[tuple[dict[str, str], Any]]:
+        """What aioprometheus's formatter asks for. It writes label values as they are, so here they are escaped."""
+        rows = list(self._series.items())
+        if self._overflow is not None:
+            rows.append(((OTHER,) * len(self._label_names), self._overflow))
+        return [
+            (dict(zip(self._label_names, map(escape, values), strict=True)), series.sample()) for values, series in rows
+        ]
+
+
+class LabelledCounter(Labelled[CounterSeries], Counter):
+    """`Counter` is what the formatter looks at: it prints `# TYPE … counter`."""
+
+
+class LabelledGauge(Labelled[GaugeSeries], Gauge):
+    pass
+
+
+class LabelledHistogram(Labelled[HistogramSeries], Histogram):
+    cap = MAX_HISTOGRAMS
+
+
+# "label_value can be any sequence of UTF-8 characters, but the backslash, double-quote, and line feed characters have
+# to be escaped" (https://prometheus.io/docs/instrumenting/exposition_formats/). A lone surrogate has no UTF-8, and
+# other control characters have no place in a name: each becomes a replacement character.
+_ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
+
+
+def escape(value: str) -> str:
+    if not value.isprintable():
+        value = "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in value)
+    return value.translate(_ESCAPES)

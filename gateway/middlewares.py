@@ -1,0 +1,246 @@
+"""The onion around every request, outermost first: errors, authenticate, read_call, limit, record_usage.
+
+`errors` is around the whole application, the others around /v1. A middleware regains control when the handler returns,
+which for a stream is its end. An exit never awaits: it may be running because the request was cancelled.
+"""
+
+import asyncio
+import logging
+import math
+from time import monotonic
+
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler
+
+from gateway.appkeys import EXCHANGE, LIMITER, METRICS, PULSE, SETTINGS, USAGE
+from gateway.exchange import Exchange
+from gateway.identity import API_KEY, identify
+from gateway.logs import exchange_fields
+from gateway.protocol import errors as e
+from gateway.protocol.chat import parse_chat
+from gateway.stores.limits import Admission
+from gateway.stores.usage import row_of
+
+log = logging.getLogger("gateway.access")
+
+MAX_LABEL = 128  # characters of X-User-Id, X-App-Id and a client's X-Request-Id
+_QUIET = ("/health", "/metrics")  # asked every few seconds by machines
+_PARSERS = {"/v1/chat/completions": parse_chat}
+
+
+async def on_prepare(request: web.Request, response: web.StreamResponse) -> None:
+    """The one place where headers of ours are put on a response."""
+    exchange = request.get(EXCHANGE)
+    if exchange is None:
+        return
+    response.headers["X-Request-Id"] = exchange.id
+    if exchange.client_request_id:
+        response.headers["X-Client-Request-Id"] = exchange.client_request_id
+    response.headers.update(exchange.headers)
+    if request.config_dict[PULSE].draining:
+        response.force_close()
+
+
+@web.middleware
+async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turns what was raised into an OpenAI error object, and writes the log line of every request."""
+    exchange = request[EXCHANGE] = Exchange()
+    pulse = request.config_dict[PULSE]
+    pulse.in_flight += 1
+    try:
+        exchange.client_request_id = _label(request, "X-Request-Id", strict=False)
+        response = await _answer(request, handler)
+        exchange.status = exchange.status or response.status
+        return response
+    finally:
+        pulse.in_flight -= 1
+        exchange.ended = exchange.ended or monotonic()
+        if not request.path.startswith(_QUIET):
+            _log(request, exchange)
+
+
+async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        if request.version not in ((1, 0), (1, 1)):
+            raise e.InvalidRequest("HTTP/1.0 and HTTP/1.1 are spoken here", code="http_version")
+        return await handler(request)
+    except e.GatewayError as error:
+        return _error_response(request, error)
+    except web.HTTPException as error:
+        return _error_response(request, _from_http(request, error))
+    except ConnectionError:
+        raise  # the client is gone: nobody is left to answer
+    except Exception:
+        # A bug. Counted and logged with its id; the client learns the id and nothing else.
+        log.exception("unhandled", extra={"fields": {"request_id": request[EXCHANGE].id}})
+        return _error_response(request, e.InternalError("the gateway failed; quote the request id to its operator"))
+
+
+def _error_response(request: web.Request, error: e.GatewayError) -> web.Response:
+    exchange = request[EXCHANGE]
+    exchange.status, exchange.error_code = error.http_status, error.error_code or ""
+    headers = {"Cache-Control": "no-store"}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    if error.should_retry is not None:
+        headers["x-should-retry"] = str(error.should_retry).lower()
+    if isinstance(error, e.MethodNotAllowed) and error.allowed:
+        headers[hdrs.ALLOW] = ", ".join(error.allowed)
+    response = web.Response(
+        body=error.body(), status=error.http_status, headers=headers, content_type="application/json", charset="utf-8"
+    )
+    if request.can_read_body and not request.content.at_eof():
+        response.force_close()  # a body that was refused is not waited for
+    return response
+
+
+def _from_http(request: web.Request, error: web.HTTPException) -> e.GatewayError:
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        return e.MethodNotAllowed(f"{request.method} is not allowed here", allowed=sorted(error.allowed_methods))
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        return _too_large(request.config_dict[SETTINGS].gateway_max_body)
+    if isinstance(error, web.HTTPNotFound):
+        return e.NotFound(f"there is no {request.method} {request.path[:128]!r} here", code="unknown_url")
+    return e.InvalidRequest(error.reason) if error.status < 500 else e.InternalError("the gateway failed")
+
+
+def _too_large(limit: int) -> e.GatewayError:
+    return e.PayloadTooLarge(f"a request body may have at most {limit} bytes")
+
+
+def _label(request: web.Request, name: str, *, strict: bool = True) -> str:
+    """A header that names who asked: at most 128 printable characters; refused, or ignored, when it is more."""
+    value = request.headers.get(name, "")
+    if len(value) <= MAX_LABEL and value.isprintable() and value.isascii():
+        return value
+    if strict:
+        raise e.InvalidRequest(f"{name}: at most {MAX_LABEL} printable ASCII characters", param=name)
+    return ""
+
+
+def _log(request: web.Request, exchange: Exchange) -> None:
+    usage, source = exchange.meter.result() if exchange.meter is not None else (None, "")
+    fields = {"method": request.method, "path": _route(request), **exchange_fields(exchange, usage, source)}
+    log.info("%s %s %s", request.method, fields["path"], exchange.status or "-", extra={"fields": fields})
+    if request.path.startswith("/v1/"):
+        request.config_dict[METRICS].exchange_ended(exchange, usage, source, counted_live=exchange.counted_live)
+
+
+def _route(request: web.Request) -> str:
+    """The route's template: a path that nobody routes may hold anything."""
+    resource = request.match_info.route.resource
+    return resource.canonical if resource is not None else "(unknown)"
+
+
+# --- /v1 ----------------------------------------------------------------------------------------------------------
+
+
+@web.middleware
+async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
+    exchange = request[EXCHANGE]
+    if request.config_dict[PULSE].refusing:
+        raise e.ShuttingDown("the gateway is shutting down; please try again", retry_after=1)
+    try:
+        principal, own_credential = await identify(request)
+    except e.GatewayError as error:
+        request.config_dict[METRICS].auth_failures.labels(_auth_failure(request, error)).inc()
+        raise
+    exchange.principal = principal
+    if request.config_dict[SETTINGS].gateway_own_credential:
+        exchange.own_credential = own_credential
+    exchange.user_id = _label(request, "X-User-Id")
+    exchange.app_id = _label(request, "X-App-Id")
+    return await handler(request)
+
+
+def _auth_failure(request: web.Request, error: e.GatewayError) -> str:
+    if isinstance(error, e.Unavailable):
+        return "unavailable"
+    if isinstance(error, e.RateLimited):
+        return "throttled"
+    return "invalid" if hdrs.AUTHORIZATION in request.headers or API_KEY in request.headers else "missing"
+
+
+@web.middleware
+async def read_call(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Reads and checks the body before anything is counted against a limit or sent anywhere."""
+    parse = _PARSERS.get(request.path)
+    if parse is not None and request.method == hdrs.METH_POST:
+        request[EXCHANGE].chat = parse(await read_body(request, request.config_dict[SETTINGS].gateway_max_body))
+    return await handler(request)
+
+
+async def read_body(request: web.Request, limit: int) -> bytes:
+    """The JSON text of a request. Raises GatewayError: 415, 413 from the declared length, 408."""
+    if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
+        raise e.UnsupportedMediaType("compressed request bodies are not taken: send it without Content-Encoding")
+    kind = request.content_type
+    if hdrs.CONTENT_TYPE in request.headers and kind != "application/json" and not kind.endswith("+json"):
+        raise e.UnsupportedMediaType("the Content-Type must be application/json")
+    if (request.charset or "utf-8").lower().replace("-", "") not in ("utf8", "usascii"):
+        raise e.UnsupportedMediaType("the charset must be utf-8")
+    if (request.content_length or 0) > limit:
+        raise _too_large(limit)
+    seconds = request.config_dict[SETTINGS].gateway_body_timeout
+    try:
+        async with asyncio.timeout(seconds):
+            return await request.read()
+    except TimeoutError:
+        raise e.RequestTimeout(f"the request body did not arrive within {seconds:g} s") from None
+
+
+@web.middleware
+async def limit(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Only what will reach a provider is counted: listing models is free."""
+    exchange = request[EXCHANGE]
+    if exchange.chat is None or exchange.principal is None:
+        return await handler(request)
+    limiter = request.config_dict[LIMITER]
+    admission = await limiter.admit(exchange.principal, exchange.id)
+    _rate_headers(exchange, admission)
+    if not admission.granted:
+        request.config_dict[METRICS].rate_limited.labels(admission.reason).inc()
+        raise _refused(admission)
+    try:
+        return await handler(request)
+    finally:
+        limiter.release(exchange.principal, exchange.id)
+
+
+def _rate_headers(exchange: Exchange, admission: Admission) -> None:
+    if admission.limit:
+        exchange.headers["x-ratelimit-limit-requests"] = str(admission.limit)
+        exchange.headers["x-ratelimit-remaining-requests"] = str(admission.remaining)
+        exchange.headers["x-ratelimit-reset-requests"] = f"{admission.reset_after:.3f}s"
+
+
+_REASONS = {
+    "requests_per_minute": "this key may send {limit} requests a minute",
+    "concurrent_requests": "this key may have {limit} requests in flight at once",
+    "global_requests_per_minute": "this gateway takes {limit} requests a minute",
+}
+
+
+def _refused(admission: Admission) -> e.GatewayError:
+    words = _REASONS.get(admission.reason)
+    if words is None:
+        return e.Unavailable("the limits cannot be checked at the moment", code="limits_unavailable", retry_after=1)
+    return e.RateLimited(
+        f"{words.format(limit=admission.limit)}; try again in {admission.retry_after:g} s",
+        retry_after=admission.retry_after,
+    )
+
+
+@web.middleware
+async def record_usage(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """A row for every request that reached a provider, on every way it can end."""
+    exchange = request[EXCHANGE]
+    try:
+        return await handler(request)
+    finally:
+        if exchange.meter is not None:
+            exchange.ended = monotonic()
+            request.config_dict[USAGE].record(row_of(exchange))
+
+
+V1 = (authenticate, read_call, limit, record_usage)

@@ -1,0 +1,391 @@
+"""Ollama's native chat API: one JSON object a line (https://github.com/ollama/ollama/blob/main/docs/api.md).
+
+The native API and not Ollama's own /v1: there the context length cannot be set, and an error in mid-stream becomes an
+empty chunk (https://github.com/ollama/ollama/blob/main/middleware/openai.go).
+
+Rule 1: a line counts when its `\\n` is in, so the chunks do not depend on where the network cut; `\\r` is white space.
+Rule 2: `"done": true` or `"error"` is the last word. A stream that ends without one was cut.
+Rule 3: what Ollama did not count stays unknown (None). A client that asked for usage sees 0 there, as Ollama's own /v1
+shows it; when Ollama counted nothing at all, the client gets no usage.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from typing import Any, NamedTuple, TypeVar
+
+import orjson
+
+from gateway.protocol.chat import Call, Chunk, Reply, UpstreamRequest
+from gateway.protocol.dialects.ollama_request import build_body
+from gateway.protocol.error_object import read_error_object
+from gateway.protocol.errors import (
+    EventTooLarge,
+    GatewayError,
+    ProviderAuth,
+    UpstreamBadBody,
+    UpstreamError,
+    UpstreamOverloaded,
+    UpstreamRateLimited,
+    UpstreamRejected,
+    UpstreamTruncated,
+)
+from gateway.protocol.sse import DONE, MAX_EVENT, data_event
+from gateway.protocol.usage import Usage
+
+MAX_BAD_LINES = 3  # one line of broken JSON may be a proxy's slip, three are another protocol
+MIN_RETRY_AFTER = 1.0  # seconds; after a 429 with 0, or with none, a client would be back at once
+HIDDEN = "the provider's message is hidden, because it may quote a credential"
+
+T = TypeVar("T")
+
+
+class NotOllamaError(ValueError):
+    """JSON that this dialect does not send."""
+
+
+# What a line from elsewhere makes a parser raise: NotOllamaError, broken JSON or UTF-8, and nesting without an end.
+_UNREADABLE = (ValueError, RecursionError)
+
+
+class OllamaTranslator:
+    """One upstream attempt. `feed` never raises: what went wrong is kept, `done` turns true and `flush` raises it."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._buffer = bytearray()  # the line that is still coming
+        self._scan = 0  # where the search for its end goes on
+        self._bad_lines = 0
+        self._tool_calls = 0  # seen so far: the index of the next one
+        self._started = False  # the role was sent
+        self._done = False
+        self._error: GatewayError | None = None
+        self._head = _dumps(self._constant("chat.completion.chunk"))[:-1] + b',"choices":['
+        self._tail = b'],"usage":null}' if call.chat.wants_usage else b"]}"
+        # Around the delta of nearly every event: rendered once.
+        self._before = b"data: " + self._head + b'{"index":0,"delta":'
+        self._after = b',"logprobs":null,"finish_reason":null}' + self._tail + b"\n\n"
+
+    @property
+    def done(self) -> bool:
+        return self._done
+
+    def request(self) -> UpstreamRequest:
+        return UpstreamRequest("/api/chat", build_body(self._call.chat, self._call.target.model))
+
+    # --- a stream ---
+
+    def feed(self, data: bytes) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        if self._done:
+            return chunks
+        self._buffer += data
+        while not self._done and (end := self._buffer.find(b"\n", self._scan)) >= 0:
+            line = bytes(self._buffer[:end])
+            del self._buffer[: end + 1]
+            self._scan = 0
+            chunks += self._take(line)
+        self._scan = len(self._buffer)
+        if not self._done and self._scan > MAX_EVENT:
+            self._fail(_too_large())
+        return chunks
+
+    def flush(self) -> list[Chunk]:
+        """As the protocol says. The text of a last line without `\\n` is given up when there is something to raise."""
+        chunks = [] if self._done else self._take_rest()
+        if self._error is not None:
+            raise self._error
+        if not self._done:
+            raise UpstreamTruncated("the provider's stream ended before the answer did")
+        return chunks
+
+    def _take(self, line: bytes) -> list[Chunk]:
+        if len(line) > MAX_EVENT:
+            self._fail(_too_large())
+            return []
+        if not line.strip():
+            return []
+        try:
+            return self._read(_loads(line))
+        except _UNREADABLE:
+            self._bad_lines += 1
+            if self._bad_lines == MAX_BAD_LINES:
+                words = f"the provider sent {MAX_BAD_LINES} lines that are not Ollama's JSON"
+                self._fail(UpstreamBadBody(words, kind="bad_event"))
+            return []
+
+    def _take_rest(self) -> list[Chunk]:
+        try:
+            return self._read(_loads(bytes(self._buffer)))
+        except _UNREADABLE:
+            return []  # half a line: the stream was cut, which flush says
+
+    def _read(self, line: Mapping[str, Any]) -> list[Chunk]:
+        """The chunk of one line, if it says anything. Raises one of _UNREADABLE."""
+        if line.get("error") is not None:
+            self._fail(self._failure(line))
+            return []
+        said = self._said(line)
+        if line.get("done") is not True:
+            return [self._chunk(said)] if said.text else []
+        if not self._started and _only_loaded(line, said):
+            self._fail(_nothing_to_answer())
+            return []
+        chunk = self._last_chunk(line, said)
+        self._done = True
+        return [chunk]
+
+    def _chunk(self, said: "Said") -> Chunk:
+        events = [] if self._started else [self._delta({"role": "assistant", "content": ""})]
+        self._started = True
+        if said.thinking:
+            events.append(self._delta({"reasoning_content": said.thinking}))
+        if said.content and said.logprobs is None:
+            events.append(self._delta({"content": said.content}))
+        elif said.content:
+            events.append(self._event({"content": said.content}, logprobs=said.logprobs))
+        for index, call in enumerate(said.tool_calls, self._tool_calls - len(said.tool_calls)):
+            events.append(self._delta({"tool_calls": [{"index": index, **call}]}))
+        return Chunk(b"".join(events), said.text)
+
+    def _last_chunk(self, line: Mapping[str, Any], said: "Said") -> Chunk:
+        finish_reason, usage = self._finish_reason(line), _usage(line)
+        events = [self._chunk(said).data, self._event({}, finish_reason)]
+        if usage is not None and self._call.chat.wants_usage:
+            events.append(data_event(self._head + b'],"usage":' + _dumps(usage.to_openai()) + b"}"))
+        return Chunk(b"".join([*events, DONE]), said.text, usage, finish_reason)
+
+    def _delta(self, delta: Any) -> bytes:
+        return self._before + _dumps(delta) + self._after
+
+    def _event(self, delta: Any, finish_reason: str | None = None, logprobs: Any = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return data_event(self._head + _dumps(choice) + self._tail)
+
+    def _fail(self, error: GatewayError) -> None:
+        self._error, self._done = error, True
+        self._buffer.clear()
+
+    # --- a whole answer ---
+
+    def reply(self, body: bytes) -> Reply:
+        try:
+            answer = _loads(body)
+            if answer.get("error") is not None:
+                raise self._failure(answer)
+            said = self._said(answer)
+        except _UNREADABLE:
+            raise UpstreamBadBody("the provider's answer is not Ollama's JSON") from None
+        if answer.get("done") is not True:
+            raise UpstreamBadBody("the provider's answer is not finished")
+        if _only_loaded(answer, said):
+            raise _nothing_to_answer()
+        return self._completion(answer, said)
+
+    def _completion(self, answer: Mapping[str, Any], said: "Said") -> Reply:
+        message: dict[str, Any] = {"role": "assistant", "content": said.content, "refusal": None}
+        if said.thinking:
+            message["reasoning_content"] = said.thinking
+        if said.tool_calls:
+            message.update(content=said.content or None, tool_calls=said.tool_calls)
+        finish_reason, usage = self._finish_reason(answer), _usage(answer)
+        choice = {"index": 0, "message": message, "logprobs": said.logprobs, "finish_reason": finish_reason}
+        completion = {**self._constant("chat.completion"), "choices": [choice]}
+        if usage is not None:
+            completion["usage"] = usage.to_openai()
+        return Reply(_dumps(completion), said.text, usage, finish_reason)
+
+    # --- both ---
+
+    def _constant(self, kind: str) -> dict[str, Any]:
+        call = self._call
+        return {"id": call.completion_id, "object": kind, "created": call.created, "model": call.target.model}
+
+    def _said(self, line: Mapping[str, Any]) -> "Said":
+        message = _typed(line, "message", dict)
+        thinking, content = _typed(message, "thinking", str), _typed(message, "content", str)
+        text, logprobs = thinking + content, None
+        tool_calls: list[dict[str, Any]] = []
+        for call in _typed(message, "tool_calls", list):
+            tool_calls.append(self._tool_call(call, self._tool_calls + len(tool_calls)))
+            text += tool_calls[-1]["function"]["name"] + tool_calls[-1]["function"]["arguments"]
+        if tokens := _typed(line, "logprobs", list):
+            logprobs = _logprobs(tokens, content, alone=text == content)
+        self._tool_calls += len(tool_calls)  # last: a line that cannot be read has none
+        return Said(text, thinking, content, tool_calls, logprobs)
+
+    def _tool_call(self, call: Any, index: int) -> dict[str, Any]:
+        """A call in OpenAI's form. Ollama's own `function.index` is not read: parallel calls came with equal ones
+        (https://github.com/ollama/ollama/issues/15457)."""
+        function = _typed(_object(call), "function", dict)
+        name, arguments = _typed(function, "name", str), function.get("arguments")
+        if not name:
+            raise NotOllamaError("a tool call without a name")
+        if not isinstance(arguments, str):
+            arguments = _dumps({} if arguments is None else arguments).decode()
+        given = _typed(call, "id", str) or _call_id(self._call.completion_id, index)
+        return {"id": given, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+    def _finish_reason(self, line: Mapping[str, Any]) -> str:
+        if self._tool_calls:
+            return "tool_calls"  # Ollama says `stop`
+        return "length" if line.get("done_reason") == "length" else "stop"
+
+    # --- errors ---
+
+    def error(self, status: int, body: bytes, retry_after: float | None = None) -> GatewayError:
+        if status in (401, 403):
+            return self._auth_error(status)
+        try:
+            message = self._message(_loads(body))
+        except _UNREADABLE:
+            message = ""
+        message = message or f"the provider answered {status}"
+        if status == 429:
+            return UpstreamRateLimited(message, retry_after=max(MIN_RETRY_AFTER, retry_after or 0))
+        if status == 503:
+            return UpstreamOverloaded(message, retry_after=retry_after)
+        if status == 404:
+            return UpstreamRejected(message, status=status, code="model_not_found", param="model")
+        if 400 <= status < 500:
+            code = "context_length_exceeded" if "context length" in message else None
+            return UpstreamRejected(message, status=status, code=code)
+        return UpstreamError(message, retry_after=retry_after)
+
+    def _auth_error(self, status: int) -> GatewayError:
+        if not self._call.target.own_credential:
+            return ProviderAuth("the provider refused the gateway's credential")
+        words = "the provider refused your credential"
+        return UpstreamRejected(words, status=status, type="authentication_error", code="invalid_api_key")
+
+    def _failure(self, parsed: Mapping[str, Any]) -> UpstreamError:
+        """The error that came with status 200."""
+        message = self._message(parsed) or "the provider failed and gave no reason"
+        return UpstreamError(message, kind="error_event")
+
+    def _message(self, parsed: Mapping[str, Any]) -> str:
+        said = read_error_object(parsed)
+        return HIDDEN if said.quotes_key(self._call.target.credential) else said.message
+
+
+def model_names(parsed: Any) -> Sequence[str]:
+    """From the answer of `GET /api/tags`."""
+    rows = parsed.get("models") if isinstance(parsed, dict) else None
+    names = [row.get("name") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return [name for name in names if isinstance(name, str) and name]
+
+
+# --- reading what the provider sent -------------------------------------------------------------------------------
+
+
+class Said(NamedTuple):
+    """What the model generated in one line, or in a whole answer."""
+
+    text: str  # all of it
+    thinking: str
+    content: str
+    tool_calls: Sequence[Mapping[str, Any]]  # OpenAI's form, without an index
+    logprobs: Mapping[str, Any] | None  # of the content
+
+
+def _loads(data: bytes) -> dict[str, Any]:
+    """The JSON object in `data`. Raises one of _UNREADABLE."""
+    try:
+        parsed = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        parsed = json.loads(data.decode("utf-8"))  # takes half an emoji (a lone surrogate), which orjson refuses
+    return _object(parsed)
+
+
+def _dumps(value: Any) -> bytes:
+    try:
+        return orjson.dumps(value)
+    except TypeError:  # half an emoji
+        return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise NotOllamaError("not an object")
+    return value
+
+
+def _typed(source: Mapping[str, Any], name: str, kind: type[T]) -> T:
+    """A field that is absent or of its type: text that we cannot read must not vanish in silence."""
+    value = source.get(name)
+    if isinstance(value, kind):
+        return value
+    if value is None:
+        return kind()
+    raise NotOllamaError(f"{name} is not of its type")
+
+
+def _usage(line: Mapping[str, Any]) -> Usage | None:
+    """The counts of the last line. Ollama leaves a 0 out, and older servers count a prompt that was cached as 0."""
+    prompt = line.get("prompt_eval_count")
+    cached = line.get("prompt_eval_cached_count") if prompt else None  # part of the prompt's count
+    return Usage.from_openai(
+        {
+            "prompt_tokens": prompt,
+            "completion_tokens": line.get("eval_count"),
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+    )
+
+
+def _call_id(completion_id: str, index: int) -> str:
+    """For servers that give none. OpenAI takes ids of up to 40 characters when the call is sent back to it."""
+    return f"call_{sha256(f'{completion_id} {index}'.encode()).hexdigest()[:24]}"
+
+
+def _only_loaded(line: Mapping[str, Any], said: Said) -> bool:
+    return line.get("done_reason") in ("load", "unload") and not said.text
+
+
+def _nothing_to_answer() -> GatewayError:
+    """To messages without a turn to answer, such as a system message alone, Ollama loads the model and says no more.
+
+    Passed on as an empty answer it would be tried again for ever (https://github.com/can1357/oh-my-pi/issues/7465).
+    """
+    words = "the provider loaded the model and generated nothing: the messages hold no turn to answer"
+    return UpstreamRejected(words, status=400, param="messages", code="invalid_value")
+
+
+def _too_large() -> GatewayError:
+    return EventTooLarge(f"the provider sent a line longer than {MAX_EVENT} bytes")
+
+
+# --- logprobs -----------------------------------------------------------------------------------------------------
+
+
+def _logprobs(tokens: Sequence[Any], content: str, *, alone: bool) -> dict[str, Any] | None:
+    """OpenAI's `logprobs`: of the tokens that spell the content.
+
+    Ollama lists all that it generated, thinking and tool calls too; the content's tokens come last. Where they cannot
+    be told apart there is nothing true to say, but for content that stands alone.
+    """
+    if not content:
+        return None
+    entries = [
+        {**_token(token), "top_logprobs": list(map(_token, _typed(token, "top_logprobs", list)))} for token in tokens
+    ]
+    wanted, spelled = content.encode("utf-8", "surrogatepass"), [_token_bytes(entry) for entry in entries]
+    start, missing = len(entries), len(wanted)
+    while start and missing > 0:
+        start -= 1
+        missing -= len(spelled[start])
+    if b"".join(spelled[start:]) == wanted:
+        return {"content": entries[start:], "refusal": None}
+    return {"content": entries, "refusal": None} if alone else None
+
+
+def _token(token: Any) -> dict[str, Any]:
+    text, raw = _typed(_object(token), "token", str), _typed(token, "bytes", list)
+    if not all(isinstance(byte, int) and 0 <= byte <= 255 for byte in raw):
+        raise NotOllamaError("bytes of a token that are none")
+    return {"token": text, "logprob": token.get("logprob"), "bytes": raw or None}
+
+
+def _token_bytes(token: Mapping[str, Any]) -> bytes:
+    """A token may be half a character: then only `bytes` says which."""
+    return bytes(token["bytes"]) if token["bytes"] else token["token"].encode("utf-8", "surrogatepass")

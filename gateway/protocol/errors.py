@@ -1,0 +1,285 @@
+"""Every error that a client of the gateway can see, one tree, one file.
+
+Each class answers: which HTTP status, which `type` and `code` of an OpenAI error object, and whose fault it was.
+The status is chosen so that the official OpenAI SDK raises the exception class a reader expects
+(https://github.com/openai/openai-python/blob/main/src/openai/_exceptions.py).
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import orjson
+
+
+class GatewayError(Exception):
+    """An error with an OpenAI error object; `message` is shown to the client, so it never quotes a secret or a prompt."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str | None] = "internal_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.error_code = code if code is not None else self.code
+        self.retry_after = retry_after  # seconds; becomes the Retry-After header
+
+    @property
+    def http_status(self) -> int:
+        return self.status
+
+    @property
+    def error_type(self) -> str:
+        return self.type
+
+    @property
+    def should_retry(self) -> bool | None:
+        """What `x-should-retry` says; None leaves the client's SDK to its own policy."""
+        return None
+
+    def object(self) -> dict[str, Any]:
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.error_type,
+                "param": self.param,
+                "code": self.error_code,
+            }
+        }
+
+    def body(self) -> bytes:
+        """The whole answer, before the first byte of a stream was sent."""
+        return orjson.dumps(self.object())
+
+    def event(self) -> bytes:
+        """The last event of a stream that broke. The OpenAI SDK raises on it; no `[DONE]` follows."""
+        return b"data: " + self.body() + b"\n\n"
+
+
+# --- the client's fault -------------------------------------------------------------------------------------------
+
+
+class InvalidRequest(GatewayError):
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class InvalidJSON(InvalidRequest):
+    code = "invalid_json"
+
+
+class UnsupportedParameter(InvalidRequest):
+    """The provider behind this model has no such thing; `param` names it."""
+
+    code = "unsupported_parameter"
+
+
+class Unauthenticated(GatewayError):
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class PermissionDenied(GatewayError):
+    status = 403
+    type = "permission_error"
+    code = "permission_denied"
+
+
+class NotFound(GatewayError):
+    status = 404
+    type = "not_found_error"
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    type = "invalid_request_error"
+    code = "model_not_found"
+
+
+class MethodNotAllowed(GatewayError):
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
+
+    def __init__(self, message: str, *, allowed: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.allowed = allowed  # becomes the Allow header
+
+
+class RequestTimeout(GatewayError):
+    """The client was too slow with its body."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+
+
+class Conflict(GatewayError):
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
+class PayloadTooLarge(GatewayError):
+    status = 413
+    type = "invalid_request_error"
+    code = "request_too_large"
+
+
+class UnsupportedMediaType(GatewayError):
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_media_type"
+
+
+class RateLimited(GatewayError):
+    """A limit of ours; `retry_after` is always set."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+# --- ours ---------------------------------------------------------------------------------------------------------
+
+
+class InternalError(GatewayError):
+    """A bug. The message says nothing but that; the log has the rest under the request id."""
+
+
+class Unavailable(GatewayError):
+    """A dependency of ours is gone, or we are going: try again shortly."""
+
+    status = 503
+    code = "unavailable"
+
+
+class ShuttingDown(Unavailable):
+    code = "server_shutting_down"
+
+
+# --- the provider's -----------------------------------------------------------------------------------------------
+
+
+class UpstreamError(GatewayError):
+    """The provider failed. `kind` is the label of `gateway_upstream_errors_total`, one of UPSTREAM_ERROR_KINDS."""
+
+    status = 502
+    code = "upstream_error"
+    kind: str = "http_5xx"
+
+    def __init__(self, message: str, *, kind: str | None = None, **more: Any) -> None:
+        super().__init__(message, **more)
+        if kind is not None:
+            self.kind = kind
+
+
+class UpstreamUnreachable(UpstreamError):
+    """No byte of an answer came: refused, DNS, TLS, reset, not HTTP."""
+
+    code = "upstream_unreachable"
+    kind = "connect"
+
+
+class UpstreamTimeout(UpstreamError):
+    status = 504
+    code = "upstream_timeout"
+    kind = "timeout_headers"
+
+
+class UpstreamTruncated(UpstreamError):
+    """The stream ended before the dialect's last word."""
+
+    code = "upstream_truncated"
+    kind = "truncated"
+
+
+class UpstreamBadBody(UpstreamError):
+    """An answer that is not what the dialect promises: HTML, broken JSON, a bad event."""
+
+    kind = "bad_body"
+
+
+class EventTooLarge(UpstreamError):
+    code = "event_too_large"
+    kind = "event_too_large"
+
+
+class UpstreamOverloaded(UpstreamError):
+    """503, 529: the provider asks for patience. `retry_after` is passed on when it gave one."""
+
+    status = 503
+    code = "overloaded"
+
+
+class ProviderAuth(UpstreamError):
+    """The provider refused the operator's credential. Its text is hidden: it quotes the key."""
+
+    code = "provider_auth"
+    kind = "auth"
+
+
+class UpstreamRateLimited(UpstreamError):
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+    kind = "http_429"
+
+
+class UpstreamRejected(UpstreamError):
+    """A 4xx that the client caused (400, 404, 413, 422 …): passed on with its status, code, message and type."""
+
+    kind = "http_4xx"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int,
+        type: str = "invalid_request_error",  # noqa: A002 (the wire's name)
+        **more: Any,
+    ) -> None:
+        super().__init__(message, **more)
+        self._status = status
+        self._type = type
+
+    @property
+    def http_status(self) -> int:
+        return self._status
+
+    @property
+    def error_type(self) -> str:
+        return self._type
+
+
+UPSTREAM_ERROR_KINDS = (
+    "connect",
+    "dns",
+    "tls",
+    "reset",
+    "protocol",
+    "redirect",
+    "timeout_connect",
+    "timeout_headers",
+    "timeout_idle",
+    "timeout_total",
+    "truncated",
+    "bad_event",
+    "bad_body",
+    "error_event",
+    "event_too_large",
+    "auth",
+    "http_429",
+    "http_4xx",
+    "http_5xx",
+)

@@ -1,0 +1,231 @@
+"""From a provider to the client, one request: errors before the first byte, error events after it.
+
+Rule 1: once a byte was sent there is one status line and no other; what goes wrong then is an error event, no `[DONE]`.
+Rule 2: until the provider's first chunk nothing is sent for one heartbeat interval, so that an error keeps its status.
+Rule 3: whatever happens, the provider's connection is ended here, and the exchange says how it ended.
+"""
+
+import asyncio
+import logging
+from time import monotonic, time
+
+from aiohttp import hdrs, web
+
+from gateway.appkeys import METRICS, PULSE, SETTINGS, UPSTREAM
+from gateway.exchange import Exchange
+from gateway.protocol.chat import Call, Chunk, UpstreamRequest, prompt_text
+from gateway.protocol.dialects import DIALECTS
+from gateway.protocol.errors import (
+    GatewayError,
+    InternalError,
+    ShuttingDown,
+    UpstreamBadBody,
+    UpstreamError,
+    UpstreamRateLimited,
+    UpstreamRejected,
+    UpstreamTimeout,
+)
+from gateway.protocol.meter import Meter
+from gateway.protocol.usage import Usage
+from gateway.pulse import Client
+from gateway.upstream import MAX_ERROR_BODY, Answer
+
+log = logging.getLogger("gateway.relay")
+
+COMPRESS_FROM = 1024  # bytes of a JSON answer; below it gzip saves nothing
+
+# Nothing was sent: no row is due.
+_NEVER_SENT = frozenset({"connect", "dns", "tls", "timeout_connect"})
+# The provider refused or died before it generated anything: nothing is billed.
+_NOTHING_BILLED = frozenset({"reset", "protocol", "redirect", "auth", "http_429", "http_4xx", "http_5xx"})
+
+
+async def relay(request: web.Request, exchange: Exchange) -> web.StreamResponse:
+    """Answer a chat request whose target is set. Raises GatewayError only while no byte was sent."""
+    chat, target = exchange.chat, exchange.target
+    assert chat is not None
+    assert target is not None
+    call = Call(chat, target, f"chatcmpl-{exchange.id.replace('-', '')}", int(time()))
+    attempt = _Attempt(request, exchange, call)
+    to_send = attempt.translator.request()  # raises what the dialect cannot express: nothing was sent yet
+    attempt.meter = exchange.meter = Meter(prompt_text(chat))
+    started = monotonic()
+    try:
+        return await (attempt.stream(to_send) if chat.stream else attempt.unary(to_send))
+    except GatewayError as error:
+        attempt.note(error)
+        raise
+    except (asyncio.CancelledError, ConnectionError):
+        exchange.outcome = "interrupted" if request.config_dict[PULSE].draining else "client_abort"
+        raise
+    finally:
+        exchange.upstream_ms = (monotonic() - started) * 1000
+
+
+class _Attempt:
+    """One try at one target. Its exchange's outcome, status, error_code and meter are written here alone."""
+
+    meter: Meter
+
+    def __init__(self, request: web.Request, exchange: Exchange, call: Call) -> None:
+        self._request = request
+        self._exchange = exchange
+        self._target = call.target
+        self._dialect = DIALECTS[call.target.provider.dialect]
+        self.translator = self._dialect.translator(call)
+        self._settings = request.config_dict[SETTINGS]
+        self._metrics = request.config_dict[METRICS]
+        self._live = self._metrics.tokens_live(exchange.model, call.target.provider.name)
+
+    # --- a stream
+
+    async def stream(self, to_send: UpstreamRequest) -> web.StreamResponse:
+        client = Client(self._request)
+        with self._request.config_dict[PULSE].watch(client):
+            self._metrics.streams_open.inc()
+            try:
+                await self._run(client, to_send)
+                return await client.end()
+            finally:
+                self._metrics.streams_open.dec()
+                if client.prepared:
+                    self._exchange.status = 200
+                if client.stalled:
+                    self._exchange.error_code = "client_stalled"
+
+    async def _run(self, client: Client, to_send: UpstreamRequest) -> None:
+        """All of the stream but its end. Raises GatewayError only while no byte was sent."""
+        try:
+            client.answer = await self._open(to_send)
+            await self._pump(client, client.answer)
+            self._exchange.outcome = "ok"
+        except GatewayError as error:
+            if not client.prepared:
+                raise
+            await self._break(client, error)
+        except Exception as error:
+            # A bug of ours must not leave the client with half an answer that looks whole.
+            if isinstance(error, ConnectionError) or not client.prepared:
+                raise
+            log.exception("stream failed", extra={"fields": {"request_id": self._exchange.id}})
+            await self._break(client, InternalError("the gateway failed in the middle of the answer"))
+
+    async def _break(self, client: Client, error: GatewayError) -> None:
+        self.note(error)
+        await client.send(error.event())
+
+    async def _open(self, to_send: UpstreamRequest) -> Answer:
+        """The provider's answer, once it is one that streams. Raises UpstreamError."""
+        limit = self._settings.gateway_first_byte_timeout
+        try:
+            async with asyncio.timeout(limit):
+                answer = await self._post(to_send)
+                if answer.status != 200:
+                    raise await self._refusal(answer)
+        except TimeoutError:
+            raise UpstreamTimeout(f"{self._target.provider.name} sent no answer within {limit:g} s") from None
+        if answer.content_type in ("text/html", "application/json") and answer.content_type != self._dialect.media_type:
+            answer.close()
+            raise UpstreamBadBody(f"{self._target.provider.name} answered with {answer.content_type}, not a stream")
+        return answer
+
+    async def _pump(self, client: Client, answer: Answer) -> None:
+        """One read, one feed, one write, until the dialect's last word."""
+        translator = self.translator
+        try:
+            while not translator.done:
+                client.reading_since = monotonic()
+                data = await answer.read()
+                client.reading_since = 0.0
+                if not data:
+                    break
+                await self._forward(client, translator.feed(data))
+            await self._forward(client, translator.flush())
+        except BaseException:
+            answer.close()
+            raise
+        answer.finish()
+
+    async def _forward(self, client: Client, chunks: list[Chunk]) -> None:
+        # Counted before it is sent: the provider bills what the client did not wait for.
+        for chunk in chunks:
+            self._count(chunk.text, chunk.usage, chunk.finish_reason)
+        data = b"".join([chunk.data for chunk in chunks])
+        if data:
+            await client.send(data)
+
+    # --- a whole answer
+
+    async def unary(self, to_send: UpstreamRequest) -> web.StreamResponse:
+        limit = self._settings.gateway_total_timeout
+        try:
+            async with asyncio.timeout(limit):
+                answer = await self._post(to_send)
+                if answer.status != 200:
+                    raise await self._refusal(answer)
+                body = await self._whole(answer, self._settings.gateway_max_reply)
+        except TimeoutError:
+            raise UpstreamTimeout(
+                f"{self._target.provider.name} did not finish its answer within {limit:g} s", kind="timeout_total"
+            ) from None
+        reply = self.translator.reply(body)
+        self._count(reply.text, reply.usage, reply.finish_reason)
+        self._exchange.outcome, self._exchange.status = "ok", 200
+        return json_response(self._request, reply.body)
+
+    # --- both
+
+    async def _post(self, to_send: UpstreamRequest) -> Answer:
+        upstream = self._request.config_dict[UPSTREAM]
+        answer = await upstream.post(self._target, to_send, self._request.headers, self._exchange.id)
+        if answer.request_id:
+            self._exchange.headers["X-Upstream-Request-Id"] = answer.request_id
+        return answer
+
+    async def _refusal(self, answer: Answer) -> GatewayError:
+        return self.translator.error(answer.status, await self._whole(answer, MAX_ERROR_BODY), answer.retry_after)
+
+    async def _whole(self, answer: Answer, limit: int) -> bytes:
+        try:
+            body = await answer.body(limit)
+        except BaseException:
+            answer.close()
+            raise
+        answer.finish()
+        return body
+
+    def _count(self, text: str, usage: Usage | None, finish_reason: str | None) -> None:
+        added = self.meter.see(text, usage, finish_reason)
+        if text and not self._exchange.first_byte:
+            self._exchange.first_byte = monotonic()
+        if added:
+            self._live.inc(added)
+            self._exchange.counted_live += added
+
+    def note(self, error: GatewayError) -> None:
+        """How the exchange ended, from what ended it."""
+        exchange = self._exchange
+        exchange.status, exchange.error_code = error.http_status, error.error_code or ""
+        if isinstance(error, ShuttingDown):
+            exchange.outcome = "interrupted"
+        elif isinstance(error, UpstreamTimeout):
+            exchange.outcome = "upstream_timeout"
+        elif isinstance(error, UpstreamRejected | UpstreamRateLimited):
+            exchange.outcome = "rejected"
+        else:
+            exchange.outcome = "upstream_error"
+        if not isinstance(error, UpstreamError):
+            return
+        self._metrics.upstream_errors.labels(self._target.provider.name, error.kind).inc()
+        if error.kind in _NEVER_SENT:
+            exchange.meter = None
+        elif error.kind in _NOTHING_BILLED and not self.meter.bytes_out and self.meter.usage is None:
+            self.meter.usage = Usage(0, 0)
+
+
+def json_response(request: web.BaseRequest, body: bytes, status: int = 200) -> web.Response:
+    """A JSON answer, compressed when it is worth it and the client can."""
+    response = web.Response(body=body, status=status, content_type="application/json", charset="utf-8")
+    if len(body) >= COMPRESS_FROM and "gzip" in request.headers.get(hdrs.ACCEPT_ENCODING, "").lower():
+        response.enable_compression(web.ContentCoding.gzip)
+    return response

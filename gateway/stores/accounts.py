@@ -1,0 +1,162 @@
+"""Accounts: people who own keys, and their passwords. The first one is the admin."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+import asyncpg
+
+from gateway.exchange import new_id
+from gateway.protocol.errors import (
+    Conflict,
+    GatewayError,
+    InvalidRequest,
+    NotFound,
+    PermissionDenied,
+    RateLimited,
+    Unauthenticated,
+)
+from gateway.stores.failures import Failures
+from gateway.stores.passwords import PASSWORD_HASHER, HashingPool, check_password, decoy, matches
+from gateway.stores.postgres import COMMAND_TIMEOUT, Pool, connection
+
+Role = Literal["admin", "member"]
+Registration = Literal["open", "closed"]
+
+MAX_EMAIL = 254  # characters, RFC 5321 4.5.3.1.3 without the brackets
+FAILURES_PER_MINUTE = 5  # of log-ins, for one account and for one address
+
+# What browsers take for an address: https://html.spec.whatwg.org/multipage/input.html#valid-e-mail-address
+_LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+_EMAIL = re.compile(rf"[a-z0-9.!#$%&'*+/=?^_`{{|}}~-]+@{_LABEL}(?:\.{_LABEL})*")
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    id: str
+    email: str
+    role: Role
+    created_at: datetime
+
+
+class AccountStore:
+    def __init__(self, pool: Pool, *, hashing: HashingPool | None = None) -> None:
+        self._pool = pool
+        self._hashing = hashing or HashingPool()
+        self._decoy = decoy(PASSWORD_HASHER)
+        self._failures = Failures(FAILURES_PER_MINUTE)  # by `account …` and `address …`
+
+    async def register(self, email: str, password: str, *, registration: Registration) -> Account:
+        """A new account. Raises Conflict for a known email; PermissionDenied when closed, but for the first one."""
+        email = normal_email(email)
+        check_password(password)
+        if registration == "closed" and await _any_account(self._pool):
+            raise _closed()  # before the hash: nobody makes us work for a no
+        phc = await self._hashing.submit(lambda: PASSWORD_HASHER.hash(password))
+        return await _insert(self._pool, email, phc, registration)
+
+    async def login(self, email: str, password: str, *, address: str = "") -> Account:
+        """Whose email and password these are. `address` is where they came from.
+
+        Raises Unauthenticated (`invalid_credentials`), after the same time and work for a known and an unknown email;
+        RateLimited after five failures in a minute, of the account or from the address.
+        """
+        email = normal_email(email)
+        check_password(password)
+        names = [f"account {email}", *([f"address {address}"] if address else [])]
+        self._check_failures(names)
+        found = await _read_by_email(self._pool, email)
+        account, phc = found if found is not None else (None, self._decoy)
+        right = await self._hashing.submit(lambda: matches(PASSWORD_HASHER, phc, password))
+        # Again, since guesses may come all at once: after the fifth failure no answer says whether one was right.
+        self._check_failures(names)
+        if account is None or not right:
+            for name in names:
+                self._failures.add(name)
+            raise Unauthenticated("wrong email or password", code="invalid_credentials")
+        return account
+
+    def _check_failures(self, names: Sequence[str]) -> None:
+        wait = max(self._failures.wait(name) for name in names)
+        if wait:
+            raise RateLimited("too many failed log-ins; wait a minute", code="too_many_failures", retry_after=wait)
+
+    async def find(self, email: str) -> Account:
+        """The account of an email. Raises NotFound."""
+        email = normal_email(email)
+        found = await _read_by_email(self._pool, email)
+        if found is None:
+            raise NotFound(f"there is no account {email!r}", code="account_not_found", param="email")
+        return found[0]
+
+    async def list(self) -> Sequence[Account]:
+        """All accounts, oldest first."""
+        return await _read_all(self._pool)
+
+
+def normal_email(email: str) -> str:
+    """Lower case, without spaces around. ASCII only: two spellings of one address would be two accounts."""
+    normal = email.strip().lower()
+    if len(normal) > MAX_EMAIL or not _EMAIL.fullmatch(normal):
+        raise InvalidRequest(f"invalid email: an address of at most {MAX_EMAIL} ASCII characters", param="email")
+    return normal
+
+
+def _closed() -> GatewayError:
+    return PermissionDenied("registration is closed here: ask the admin for a key", code="registration_closed")
+
+
+def _account(row: asyncpg.Record) -> Account:
+    return Account(str(row["id"]), row["email"], row["role"], row["created_at"])
+
+
+# --- SQL ----------------------------------------------------------------------------------------------------------
+
+_ANY = "select exists (select from accounts)"
+
+
+async def _any_account(pool: Pool) -> bool:
+    async with connection(pool) as borrowed:
+        return bool(await borrowed.fetchval(_ANY, timeout=COMMAND_TIMEOUT))
+
+
+# Two that race to be first are told apart by this lock, held to the end of the transaction.
+_ONE_AT_A_TIME = "select pg_advisory_xact_lock(hashtext('ai-gateway registration'))"
+_INSERT = """
+insert into accounts (id, email, password_hash, role)
+select $1, $2, $3, case when exists (select from accounts) then 'member' else 'admin' end
+where $4 or not exists (select from accounts)
+returning id, email, role, created_at
+"""
+
+
+async def _insert(pool: Pool, email: str, phc: str, registration: Registration) -> Account:
+    try:
+        async with connection(pool) as borrowed, borrowed.transaction():
+            await borrowed.execute(_ONE_AT_A_TIME, timeout=COMMAND_TIMEOUT)
+            columns = new_id(), email, phc, registration == "open"
+            row = await borrowed.fetchrow(_INSERT, *columns, timeout=COMMAND_TIMEOUT)
+    except asyncpg.UniqueViolationError:
+        raise Conflict("this email is registered", param="email", code="email_taken") from None
+    if row is None:
+        raise _closed()
+    return _account(row)
+
+
+_READ_BY_EMAIL = "select id, email, role, created_at, password_hash from accounts where email = $1"
+
+
+async def _read_by_email(pool: Pool, email: str) -> tuple[Account, str] | None:
+    async with connection(pool) as borrowed:
+        row = await borrowed.fetchrow(_READ_BY_EMAIL, email, timeout=COMMAND_TIMEOUT)
+    return None if row is None else (_account(row), row["password_hash"])
+
+
+_READ_ALL = "select id, email, role, created_at from accounts order by created_at, id"
+
+
+async def _read_all(pool: Pool) -> Sequence[Account]:
+    async with connection(pool) as borrowed:
+        return [_account(row) for row in await borrowed.fetch(_READ_ALL, timeout=COMMAND_TIMEOUT)]

@@ -1,0 +1,226 @@
+"""The rows of keys: what is stored of a key, and every statement that touches it.
+
+`account_id` in a look-up is the tenant: with one, only that account's keys exist; None is for admins and sees all.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import NamedTuple, NoReturn
+
+import asyncpg
+
+from gateway.exchange import Principal
+from gateway.protocol.errors import NotFound
+from gateway.stores.postgres import COMMAND_TIMEOUT, Pool, connection
+from gateway.stores.tokens import prefix_of
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key as its owner may see it."""
+
+    id: str
+    prefix: str
+    name: str
+    account_id: str
+    email: str  # the owner's
+    requests_per_minute: int  # 0: no limit
+    concurrent_requests: int  # 0: no limit
+    allowed_models: tuple[str, ...]  # empty: all
+    created_at: datetime
+    revoked_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class KeyChanges:
+    """What to change; None leaves it as it is."""
+
+    name: str | None = None
+    requests_per_minute: int | None = None
+    concurrent_requests: int | None = None
+    allowed_models: Sequence[str] | None = None
+
+
+class Proofs(NamedTuple):
+    """What a token is checked against, and who it then is."""
+
+    digest: bytes
+    hash: str
+    revoked: bool
+    principal: Principal
+
+
+_READ = """
+select k.id, k.digest, k.hash, k.revoked_at is not null as revoked, k.name, k.account_id, a.role,
+       k.requests_per_minute, k.concurrent_requests, k.allowed_models
+from keys k join accounts a on a.id = k.account_id
+where k.id = any ($1::text[])
+"""
+
+
+async def read_proofs(pool: Pool, key_ids: Sequence[str]) -> dict[str, Proofs]:
+    async with connection(pool) as borrowed:
+        rows = await borrowed.fetch(_READ, key_ids, timeout=COMMAND_TIMEOUT)
+    return {row["id"]: _proofs(row) for row in rows}
+
+
+def _proofs(row: asyncpg.Record) -> Proofs:
+    principal = Principal(
+        key_id=row["id"],
+        key_prefix=prefix_of(row["id"]),
+        key_name=row["name"],
+        account_id=str(row["account_id"]),
+        role=row["role"],
+        requests_per_minute=row["requests_per_minute"],
+        concurrent_requests=row["concurrent_requests"],
+        allowed_models=tuple(row["allowed_models"]),
+    )
+    return Proofs(row["digest"], row["hash"], row["revoked"], principal)
+
+
+class ProofReader:
+    """Reads the rows of all keys that are asked for at the same time with one statement, on one connection.
+
+    One connection a key is what a crowd of wrong keys would use up: a good key behind 120 of them waited longer than
+    ACQUIRE_TIMEOUT, and so did everybody else who wanted the database.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._waiting: dict[str, list[asyncio.Future[Proofs | None]]] = {}
+        self._work: asyncio.Task[None] | None = None  # ends by itself, within the time-outs, when nobody waits
+
+    async def read(self, key_id: str) -> Proofs | None:
+        """The row as it is after this call began. Raises Unavailable."""
+        answer: asyncio.Future[Proofs | None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(key_id, []).append(answer)
+        if self._work is None:
+            self._work = asyncio.create_task(self._run())
+        return await answer
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                asked, self._waiting = self._waiting, {}
+                await self._answer(asked)
+        finally:
+            self._work = None
+
+    async def _answer(self, asked: dict[str, list[asyncio.Future[Proofs | None]]]) -> None:
+        try:
+            found = await read_proofs(self._pool, list(asked))
+        except Exception as error:  # whatever it is, it is for those who asked
+            # Those who came meanwhile have waited as well: none of them waits for two time-outs.
+            late, self._waiting = self._waiting, {}
+            for answer in (answer for answers in (*asked.values(), *late.values()) for answer in answers):
+                if not answer.done():
+                    answer.set_exception(error)
+            return
+        for key_id, answers in asked.items():
+            for answer in answers:
+                if not answer.done():  # its client may have left
+                    answer.set_result(found.get(key_id))
+
+
+class NewRow(NamedTuple):
+    """The columns of _INSERT, in its order."""
+
+    id: str
+    account_id: str
+    digest: bytes
+    hash: str
+    name: str
+    requests_per_minute: int
+    concurrent_requests: int
+    allowed_models: Sequence[str]
+
+
+_INSERT = """
+insert into keys (id, account_id, digest, hash, name, requests_per_minute, concurrent_requests, allowed_models)
+values ($1, $2, $3, $4, $5, $6, $7, $8)
+"""
+
+
+async def insert_key(pool: Pool, row: NewRow) -> None:
+    """Raises NotFound for an account that does not exist."""
+    try:
+        async with connection(pool) as borrowed:
+            await borrowed.execute(_INSERT, *row, timeout=COMMAND_TIMEOUT)
+    except asyncpg.ForeignKeyViolationError:
+        raise NotFound("there is no such account", code="account_not_found") from None
+
+
+_UPDATE = """
+update keys
+set name = coalesce($3, name),
+    requests_per_minute = coalesce($4, requests_per_minute),
+    concurrent_requests = coalesce($5, concurrent_requests),
+    allowed_models = coalesce($6, allowed_models)
+where id = $1 and ($2::uuid is null or account_id = $2)
+returning id
+"""
+
+
+async def update_key(pool: Pool, key_id: str, account_id: str | None, changes: KeyChanges) -> None:
+    models = None if changes.allowed_models is None else list(changes.allowed_models)
+    columns = changes.name, changes.requests_per_minute, changes.concurrent_requests, models
+    async with connection(pool) as borrowed:
+        found = await borrowed.fetchval(_UPDATE, key_id, account_id, *columns, timeout=COMMAND_TIMEOUT)
+    if found is None:
+        _unknown(key_id)
+
+
+_REVOKE = """
+update keys set revoked_at = coalesce(revoked_at, now())
+where id = $1 and ($2::uuid is null or account_id = $2)
+returning id
+"""
+
+
+async def revoke_key(pool: Pool, key_id: str, account_id: str | None) -> None:
+    async with connection(pool) as borrowed:
+        found = await borrowed.fetchval(_REVOKE, key_id, account_id, timeout=COMMAND_TIMEOUT)
+    if found is None:
+        _unknown(key_id)
+
+
+async def read_key(pool: Pool, key_id: str, account_id: str | None) -> Key:
+    keys = await read_keys(pool, account_id, key_id)
+    if not keys:
+        _unknown(key_id)
+    return keys[0]
+
+
+_LIST = """
+select k.id, k.name, k.account_id, a.email, k.requests_per_minute, k.concurrent_requests, k.allowed_models,
+       k.created_at, k.revoked_at
+from keys k join accounts a on a.id = k.account_id
+where ($1::uuid is null or k.account_id = $1) and ($2::text is null or k.id = $2)
+order by k.created_at desc, k.id
+"""
+
+
+async def read_keys(pool: Pool, account_id: str | None, key_id: str | None = None) -> Sequence[Key]:
+    async with connection(pool) as borrowed:
+        rows = await borrowed.fetch(_LIST, account_id, key_id, timeout=COMMAND_TIMEOUT)
+    return [
+        Key(
+            id=row["id"],
+            prefix=prefix_of(row["id"]),
+            name=row["name"],
+            account_id=str(row["account_id"]),
+            email=row["email"],
+            requests_per_minute=row["requests_per_minute"],
+            concurrent_requests=row["concurrent_requests"],
+            allowed_models=tuple(row["allowed_models"]),
+            created_at=row["created_at"],
+            revoked_at=row["revoked_at"],
+        )
+        for row in rows
+    ]
+
+
+def _unknown(key_id: str) -> NoReturn:
+    raise NotFound(f"there is no key {key_id[:64]!r} of yours", code="key_not_found")

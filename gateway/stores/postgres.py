@@ -1,0 +1,76 @@
+"""How every store borrows a connection, and the one place where asyncpg's errors become ours."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import TYPE_CHECKING
+
+import asyncpg
+from asyncpg import exceptions as pg
+
+from gateway.protocol.errors import Unavailable
+
+if TYPE_CHECKING:
+    from asyncpg.pool import PoolConnectionProxy
+
+    Pool = asyncpg.Pool[asyncpg.Record]
+    Connection = PoolConnectionProxy[asyncpg.Record]
+else:
+    Pool = Connection = object  # generic for mypy only: asyncpg's own classes take no parameters
+
+ACQUIRE_TIMEOUT = 0.1  # seconds to wait for a free connection
+COMMAND_TIMEOUT = 0.5  # seconds for one statement that reads or writes a few rows
+
+# SQLSTATE classes: https://www.postgresql.org/docs/current/errcodes-appendix.html
+_GONE = (
+    OSError,  # refused, reset, no such host, no socket file; TimeoutError is one of them
+    pg.PostgresConnectionError,  # class 08
+    pg.InvalidAuthorizationSpecificationError,  # class 28: our credential was changed under us
+    pg.InvalidCatalogNameError,  # class 3D: no such database, so none that is ours
+    pg.TransactionRollbackError,  # class 40: serialization, deadlock
+    pg.InsufficientResourcesError,  # class 53: disk full, out of memory, too many connections
+    pg.OperatorInterventionError,  # class 57: shutting down, starting up, statement_timeout
+    pg.PostgresIOError,  # class 58
+    pg.ReadOnlySQLTransactionError,  # a primary that has just become a standby
+    asyncpg.TargetServerAttributeNotMatched,  # no primary among the hosts, in the middle of a fail-over
+)
+
+
+@contextmanager
+def database_errors() -> Iterator[None]:
+    """Raises Unavailable (`database_unavailable`) for every error that means "Postgres is gone"; all others pass.
+
+    Put it around awaits on Postgres alone: an OSError of somebody else's must not be blamed on it.
+    """
+    try:
+        yield
+    except _GONE as error:
+        raise _unavailable() from error
+    except asyncpg.InterfaceError as error:
+        # Also the class of asyncpg's complaints about our own mistakes: only a closed pool or connection is an outage.
+        if "clos" not in str(error):
+            raise
+        raise _unavailable() from error
+
+
+def _unavailable() -> Unavailable:
+    return Unavailable("the database cannot be reached", code="database_unavailable", retry_after=1)
+
+
+@asynccontextmanager
+async def connection(pool: Pool) -> AsyncIterator[Connection]:
+    """A connection for one statement or transaction, within ACQUIRE_TIMEOUT. Raises Unavailable, as `database_errors`.
+
+    A statement needs a `timeout` of its own: `asyncio.wait_for` around asyncpg waits for the cancelled statement, which
+    on a stalled server takes a minute.
+    """
+    with database_errors():
+        borrowed = await pool.acquire(timeout=ACQUIRE_TIMEOUT)
+        try:
+            yield borrowed
+        except TimeoutError:
+            borrowed.terminate()  # its server does not answer: asking it to cancel would wait again
+            raise
+        finally:
+            # A connection that cannot be reset is closed by its pool; the answer that we have stays good.
+            with suppress(*_GONE, asyncpg.InterfaceError):
+                await pool.release(borrowed, timeout=COMMAND_TIMEOUT)

@@ -1,0 +1,419 @@
+import csv
+import io
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import pytest
+from aiohttp import ClientResponse, web
+from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.typedefs import Handler
+
+from gateway.appkeys import KEYS, USAGE
+from gateway.exchange import new_id
+from gateway.handlers.stats import routes
+from gateway.protocol.errors import GatewayError
+from gateway.stores.keys import KeyStore
+from gateway.stores.usage import UsageRow, UsageStore
+
+pytestmark = pytest.mark.integration
+
+
+@dataclass(frozen=True)
+class Person:
+    token: str
+    key_id: str
+    account_id: str
+
+
+@dataclass
+class World:
+    """The two routes, an admin and two members with a key each."""
+
+    client: TestClient[web.Request, web.Application]
+    store: UsageStore
+    pool: asyncpg.Pool
+    admin: Person
+    ann: Person
+    ben: Person
+
+    async def get(self, path: str, person: Person | None = None, **query: str) -> ClientResponse:
+        headers = {"Authorization": f"Bearer {person.token}"} if person else {}
+        return await self.client.get(path, params=query, headers=headers)
+
+    async def json(self, path: str, person: Person, **query: str) -> Any:
+        response = await self.get(path, person, **query)
+        assert response.status == 200, await response.text()
+        return await response.json()
+
+    async def write(self, *rows: UsageRow) -> None:
+        writer = UsageStore(self.pool)
+        for row in rows:
+            writer.record(row)
+        assert await writer.close(10) == 0
+
+
+@web.middleware
+async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except GatewayError as error:
+        return web.Response(body=error.body(), status=error.http_status, content_type="application/json")
+
+
+@pytest.fixture
+async def world(pool: asyncpg.Pool) -> AsyncIterator[World]:
+    keys = KeyStore(pool, None, pepper=b"pepper", cache_seconds=60, stale_seconds=60)
+
+    async def person(name: str, role: str) -> Person:
+        # Not by registering: three passwords' hashes would be most of every test's time.
+        account_id = str(uuid4())
+        await pool.execute("insert into accounts values ($1, $2, 'no password', $3)", account_id, name, role)
+        key = await keys.create(account_id, name, requests_per_minute=0, concurrent_requests=0, allowed_models=())
+        return Person(key.token, key.id, account_id)
+
+    app = web.Application(middlewares=[errors])
+    app[KEYS] = keys
+    app[USAGE] = store = UsageStore(pool)
+    app.add_routes(routes())
+    async with TestClient(TestServer(app)) as client:
+        people = [await person("admin", "admin"), await person("ann", "member"), await person("ben", "member")]
+        yield World(client, store, pool, *people)
+
+
+def row(person: Person, **changes: Any) -> UsageRow:
+    values: dict[str, Any] = {
+        "request_id": new_id(),
+        "started_at": datetime.now(UTC),
+        "key_id": person.key_id,
+        "account_id": person.account_id,
+        "user_id": "",
+        "app_id": "",
+        "client_request_id": "",
+        "provider": "openai",
+        "model": "gpt-4o",
+        "upstream_model": "gpt-4o",
+        "stream": True,
+        "status": 200,
+        "outcome": "ok",
+        "error_code": "",
+        "finish_reason": "stop",
+        "prompt_tokens": 10,
+        "completion_tokens": 5,
+        "cached_tokens": 4,
+        "cache_write_tokens": 0,
+        "reasoning_tokens": 0,
+        "usage_source": "provider",
+        "latency_ms": 100,
+        "ttft_ms": 20,
+    }
+    return UsageRow(**{**values, **changes})
+
+
+# --- /api/stats ---------------------------------------------------------------------------------------------------
+
+
+async def test_stats_tell_totals_the_last_hour_top_models_and_when(world: World) -> None:
+    earlier = datetime.now(UTC) - timedelta(hours=5)
+    await world.write(
+        row(world.ann, latency_ms=100),
+        row(world.ann, latency_ms=201, outcome="upstream_error", status=502, ttft_ms=None),
+        row(world.ann, latency_ms=300, outcome="client_abort", status=0, model="claude", started_at=earlier),
+    )
+    stats = await world.json("/api/stats", world.ann)
+    assert datetime.fromisoformat(stats.pop("as_of")).tzinfo is not None
+    last_hour = {
+        "requests": 2,
+        "errors": 1,
+        "error_rate": 0.5,
+        "client_aborts": 0,
+        "prompt_tokens": 20,
+        "completion_tokens": 10,
+        "total_tokens": 30,
+        "cached_tokens": 8,
+        "average_latency_ms": 150.5,
+        "average_ttft_ms": 20.0,
+    }
+    assert stats.pop("top_models") == [
+        {"model": "gpt-4o", **last_hour},
+        {
+            "model": "claude",
+            "requests": 1,
+            "errors": 0,
+            "error_rate": 0.0,
+            "client_aborts": 1,
+            "prompt_tokens": 10,
+            "completion_tokens": 5,
+            "total_tokens": 15,
+            "cached_tokens": 4,
+            "average_latency_ms": 300.0,
+            "average_ttft_ms": 20.0,
+        },
+    ]
+    assert stats == {
+        "range": "24h",
+        "queued": 0,
+        "last_hour": last_hour,
+        "totals": {
+            "requests": 3,
+            "errors": 1,
+            "error_rate": 0.3333,
+            "client_aborts": 1,
+            "prompt_tokens": 30,
+            "completion_tokens": 15,
+            "total_tokens": 45,
+            "cached_tokens": 12,
+            "average_latency_ms": 200.3,
+            "average_ttft_ms": 20.0,
+        },
+    }
+
+
+async def test_stats_of_nothing_are_zeros(world: World) -> None:
+    stats = await world.json("/api/stats", world.ann, group_by="user")
+    assert (stats["totals"]["requests"], stats["totals"]["error_rate"]) == (0, 0.0)
+    assert stats["totals"]["average_latency_ms"] is None
+    assert (stats["top_models"], stats["groups"], stats["more_groups"]) == ([], [], False)
+
+
+async def test_rows_on_their_way_are_in_no_figure_but_counted(world: World) -> None:
+    world.store.record(row(world.ann))
+    world.store.record(row(world.ann))
+    stats = await world.json("/api/stats", world.ann)
+    assert (stats["queued"], stats["totals"]["requests"]) == (2, 0)
+
+
+@pytest.mark.parametrize(("name", "requests"), [("1h", 1), ("24h", 2), ("7d", 3), ("30d", 4), ("all", 5)])
+async def test_a_range_goes_back_from_now(world: World, name: str, requests: int) -> None:
+    ages = [timedelta(), timedelta(hours=2), timedelta(days=2), timedelta(days=10), timedelta(days=400)]
+    await world.write(*(row(world.ann, started_at=datetime.now(UTC) - age) for age in ages))
+    stats = await world.json("/api/stats", world.ann, range=name)
+    assert (stats["range"], stats["totals"]["requests"], stats["last_hour"]["requests"]) == (name, requests, 1)
+
+
+async def test_filters_narrow_the_figures(world: World) -> None:
+    await world.write(
+        row(world.ann, user_id="u1", app_id="a1", model="m1"),
+        row(world.ann, user_id="u1", app_id="a2", model="m1"),
+        row(world.ann, user_id="u2", app_id="a1", model="m2"),
+    )
+
+    async def requests(**query: str) -> int:
+        return int((await world.json("/api/stats", world.ann, **query))["totals"]["requests"])
+
+    assert await requests(user="u1") == 2
+    assert await requests(app="a1") == 2
+    assert await requests(model="m2") == 1
+    assert await requests(user="u1", app="a1", model="m1") == 1
+    assert await requests(user="' or true --") == 0
+    assert await requests(user="") == 3
+
+
+async def test_groups_are_named_by_what_they_are_grouped_by(world: World) -> None:
+    await world.write(row(world.ann, user_id="u1", app_id="a1"), row(world.ann, user_id="u1"), row(world.ben))
+    for group_by, names in {
+        "user": ["u1", ""],
+        "app": ["", "a1"],
+        "model": ["gpt-4o"],
+        "provider": ["openai"],
+        "key": [f"aig_{world.ann.key_id}", f"aig_{world.ben.key_id}"],
+    }.items():
+        stats = await world.json("/api/stats", world.admin, group_by=group_by)
+        assert stats["group_by"] == group_by
+        assert [group[group_by] for group in stats["groups"]] == names
+        assert sum(group["requests"] for group in stats["groups"]) == 3
+
+
+# --- /api/usage ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_row_is_told_with_every_column_and_the_prefix_of_its_key(world: World) -> None:
+    one = row(world.ann, user_id="u", client_request_id="theirs", ttft_ms=None)
+    await world.write(one)
+    answer = await world.json("/api/usage", world.ann)
+    assert (answer["next_cursor"], answer["queued"]) == (None, 0)
+    [told] = answer["data"]
+    assert datetime.fromisoformat(told.pop("started_at")) == one.started_at
+    assert told == {
+        "request_id": one.request_id,
+        "account_id": world.ann.account_id,
+        "key": f"aig_{world.ann.key_id}",
+        "user_id": "u",
+        "app_id": "",
+        "client_request_id": "theirs",
+        "provider": "openai",
+        "model": "gpt-4o",
+        "upstream_model": "gpt-4o",
+        "stream": True,
+        "status": 200,
+        "outcome": "ok",
+        "error_code": "",
+        "finish_reason": "stop",
+        "prompt_tokens": 10,
+        "completion_tokens": 5,
+        "total_tokens": 15,
+        "cached_tokens": 4,
+        "cache_write_tokens": 0,
+        "reasoning_tokens": 0,
+        "usage_source": "provider",
+        "latency_ms": 100,
+        "ttft_ms": None,
+    }
+
+
+async def test_pages_are_walked_by_their_cursor_newest_first(world: World) -> None:
+    rows = [row(world.ann) for _ in range(7)]
+    await world.write(*rows)
+    seen, query = [], {"limit": "3"}
+    while True:
+        page = await world.json("/api/usage", world.ann, **query)
+        seen.append([one["request_id"] for one in page["data"]])
+        if page["next_cursor"] is None:
+            break
+        query["cursor"] = page["next_cursor"]
+    assert [len(page) for page in seen] == [3, 3, 1]
+    assert [name for page in seen for name in page] == sorted((one.request_id for one in rows), reverse=True)
+
+
+async def test_the_last_page_when_full_has_no_cursor(world: World) -> None:
+    await world.write(row(world.ann), row(world.ann))
+    page = await world.json("/api/usage", world.ann, limit="2")
+    assert (len(page["data"]), page["next_cursor"]) == (2, None)
+
+
+async def test_rows_take_the_filters_of_figures(world: World) -> None:
+    old = datetime.now(UTC) - timedelta(days=2)
+    await world.write(row(world.ann, user_id="u1"), row(world.ann, user_id="u1", started_at=old), row(world.ann))
+    assert len((await world.json("/api/usage", world.ann))["data"]) == 3
+    assert len((await world.json("/api/usage", world.ann, user="u1"))["data"]) == 2
+    assert len((await world.json("/api/usage", world.ann, user="u1", range="24h"))["data"]) == 1
+
+
+async def test_csv_has_the_same_rows_and_its_cursor_in_a_header(world: World) -> None:
+    rows = [row(world.ann, user_id='quote " comma , Ü', ttft_ms=None) for _ in range(3)]
+    await world.write(*rows)
+    response = await world.get("/api/usage", world.ann, format="csv", limit="2")
+    assert response.headers["Content-Type"] == "text/csv; charset=utf-8"
+    assert "attachment" in response.headers["Content-Disposition"]
+    told = list(csv.DictReader(io.StringIO(await response.text())))
+    in_json = (await world.json("/api/usage", world.ann, limit="2"))["data"]
+    assert list(told[0]) == list(in_json[0])
+    assert [one["request_id"] for one in told] == [one["request_id"] for one in in_json]
+    assert response.headers["X-Next-Cursor"] == told[-1]["request_id"]
+    assert (told[0]["user_id"], told[0]["stream"], told[0]["ttft_ms"]) == ('quote " comma , Ü', "true", "")
+    assert abs(datetime.fromisoformat(told[0]["started_at"]) - rows[-1].started_at) < timedelta(seconds=1)
+    rest = await world.get("/api/usage", world.ann, format="csv", cursor=told[-1]["request_id"])
+    assert "X-Next-Cursor" not in rest.headers
+
+
+async def test_no_cell_of_a_csv_is_a_formula(world: World) -> None:
+    starts = ["=", "+", "-", "@", "\t", "\r", "\n", "＝"]
+    await world.write(
+        *(row(world.ann, app_id=f'{start}HYPERLINK("http://evil","x")', user_id="a=b") for start in starts)
+    )
+    response = await world.get("/api/usage", world.ann, format="csv")
+    told = list(csv.DictReader(io.StringIO(await response.text(), newline="")))
+    assert sorted(one["app_id"][:2] for one in told) == sorted(f"'{start}" for start in starts)
+    assert {one["user_id"] for one in told} == {"a=b"}
+
+
+# --- who may ask --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/api/stats", "/api/usage"])
+async def test_without_a_valid_key_nothing_is_told(world: World, path: str) -> None:
+    nobody = Person("aig_Key012345678_wrong", "Key012345678", str(uuid4()))
+    assert (await world.get(path)).status == 401
+    assert (await world.get(path, nobody)).status == 401
+    assert (await world.get(path, nobody, range="nonsense")).status == 401
+
+
+async def test_a_member_sees_its_own_and_an_admin_everybodys(world: World) -> None:
+    await world.write(
+        row(world.ann, model="of-ann", user_id="shared"), row(world.ben, model="of-ben", user_id="shared")
+    )
+    for person, models in [
+        (world.ann, {"of-ann"}),
+        (world.ben, {"of-ben"}),
+        (world.admin, {"of-ann", "of-ben"}),
+    ]:
+        stats = await world.json("/api/stats", person, group_by="model", user="shared")
+        assert {group["model"] for group in stats["groups"]} == models
+        assert {top["model"] for top in stats["top_models"]} == models
+        assert stats["totals"]["requests"] == stats["last_hour"]["requests"] == len(models)
+        usage = await world.json("/api/usage", person)
+        assert {one["model"] for one in usage["data"]} == models
+        told = await (await world.get("/api/usage", person, format="csv")).text()
+        assert {name for name in ("of-ann", "of-ben") if name in told} == models
+
+
+async def test_a_member_cannot_reach_into_another_account(world: World) -> None:
+    of_ben = row(world.ben, model="of-ben")
+    await world.write(row(world.ann, model="of-ann"), of_ben)
+    for query in ({"model": "of-ben"}, {"cursor": of_ben.request_id}):
+        assert "of-ben" not in await (await world.get("/api/usage", world.ann, **query)).text()
+    refused = await world.get("/api/stats", world.ann, account_id=world.ben.account_id)
+    assert refused.status == 400
+
+
+async def test_answers_are_not_kept_by_caches(world: World) -> None:
+    for query in ({}, {"format": "csv"}):
+        assert (await world.get("/api/usage", world.ann, **query)).headers["Cache-Control"] == "no-store"
+    assert (await world.get("/api/stats", world.ann)).headers["Cache-Control"] == "no-store"
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+REFUSED = [
+    ("/api/stats", "range", "2h"),
+    ("/api/stats", "group_by", "account_id"),
+    ("/api/stats", "group_by", "user_id; drop table usage"),
+    ("/api/stats", "user", "x" * 129),
+    ("/api/stats", "user", "a\0b"),
+    ("/api/stats", "app", "a\nb"),
+    ("/api/stats", "model", "x" * 257),
+    ("/api/stats", "usr", "ann"),
+    ("/api/stats", "limit", "10"),
+    ("/api/usage", "limit", "0"),
+    ("/api/usage", "limit", "1001"),
+    ("/api/usage", "limit", "-1"),
+    ("/api/usage", "limit", "ten"),
+    ("/api/usage", "limit", "٣"),
+    ("/api/usage", "limit", "9" * 5000),
+    ("/api/usage", "cursor", "yesterday"),
+    ("/api/usage", "format", "xml"),
+    ("/api/usage", "group_by", "user"),
+]
+
+
+async def test_a_bad_value_is_refused_by_the_name_of_its_parameter(world: World) -> None:
+    for path, param, value in REFUSED:
+        response = await world.get(path, world.ann, **{param: value})
+        error = (await response.json()).get("error", {})
+        answer = (response.status, error.get("type"), error.get("param"))
+        assert answer == (400, "invalid_request_error", param), (path, value[:20])
+        assert len(error["message"]) < 200
+
+
+async def test_a_parameter_given_twice_is_refused(world: World) -> None:
+    headers = {"Authorization": f"Bearer {world.ann.token}"}
+    response = await world.client.get("/api/stats?user=a&user=b", headers=headers)
+    assert (response.status, (await response.json())["error"]["param"]) == (400, "user")
+
+
+async def test_bytes_that_are_no_text_in_a_query_are_no_fault_of_ours(world: World) -> None:
+    headers = {"Authorization": f"Bearer {world.ann.token}"}
+    for query in ("user=%FF", "user=%00", "user=%ED%A0%80", "%FF=1", "cursor=%FF"):
+        assert (await world.client.get(f"/api/usage?{query}", headers=headers)).status in (200, 400)
+
+
+async def test_without_a_database_the_answer_is_503(world: World) -> None:
+    assert (await world.get("/api/stats", world.ann)).status == 200  # its key is known from here on
+    world.pool.terminate()
+    for path in ("/api/stats", "/api/usage"):
+        response = await world.get(path, world.ann)
+        assert (response.status, (await response.json())["error"]["code"]) == (503, "database_unavailable")

@@ -1,0 +1,232 @@
+import asyncio
+from collections.abc import Awaitable
+from typing import Any
+
+import asyncpg
+import pytest
+from argon2 import PasswordHasher
+
+from gateway.protocol.errors import GatewayError, InvalidRequest, Unauthenticated
+from gateway.stores.accounts import AccountStore, normal_email
+from gateway.stores.passwords import PASSWORD_HASHER, HashingPool, matches
+
+pytestmark = pytest.mark.integration
+
+EMAIL, PASSWORD = "ada@example.com", "correct horse"
+
+
+@pytest.fixture(autouse=True)
+def fast_hashes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a hash costs is the business of test_passwords; here the library's default would only take time."""
+    if "real_hashes" not in request.fixturenames:
+        monkeypatch.setattr("gateway.stores.accounts.PASSWORD_HASHER", PasswordHasher(1, 8, 1))
+
+
+@pytest.fixture
+def real_hashes() -> None:
+    """For a test that needs the library's default."""
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The PHC strings that Argon2id was asked about."""
+    phcs: list[str] = []
+
+    def counting(hasher: Any, phc: str, secret: str) -> bool:
+        phcs.append(phc)
+        return matches(hasher, phc, secret)
+
+    monkeypatch.setattr("gateway.stores.accounts.matches", counting)
+    return phcs
+
+
+@pytest.fixture
+def store(pool: asyncpg.Pool) -> AccountStore:
+    return AccountStore(pool)
+
+
+async def refusal(answer: Awaitable[object]) -> GatewayError:
+    with pytest.raises(GatewayError) as caught:
+        await answer
+    return caught.value
+
+
+# --- registration -------------------------------------------------------------------------------------------------
+
+
+async def test_the_first_account_is_the_admin_and_the_next_are_members(store: AccountStore) -> None:
+    accounts = [await store.register(f"{name}@example.com", PASSWORD, registration="open") for name in "abc"]
+    assert [account.role for account in accounts] == ["admin", "member", "member"]
+    assert list(await store.list()) == accounts
+
+
+async def test_of_many_that_race_to_be_first_one_becomes_admin(store: AccountStore) -> None:
+    registering = (store.register(f"user{n}@example.com", PASSWORD, registration="open") for n in range(20))
+    accounts = await asyncio.gather(*registering)
+    assert sorted(account.role for account in accounts) == ["admin"] + ["member"] * 19
+
+
+async def test_of_many_that_race_on_a_closed_gateway_only_the_first_gets_in(store: AccountStore) -> None:
+    registering = (store.register(f"user{n}@example.com", PASSWORD, registration="closed") for n in range(20))
+    answers = await asyncio.gather(*registering, return_exceptions=True)
+    refused = [answer for answer in answers if isinstance(answer, GatewayError)]
+    assert {(error.http_status, error.error_code) for error in refused} == {(403, "registration_closed")}
+    assert len(refused) == 19
+    assert [account.role for account in await store.list()] == ["admin"]
+
+
+async def test_a_closed_gateway_hashes_nothing_for_a_stranger(
+    store: AccountStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store.register(EMAIL, PASSWORD, registration="closed")
+    monkeypatch.setattr("gateway.stores.accounts.PASSWORD_HASHER", None)
+    error = await refusal(store.register("stranger@example.com", PASSWORD, registration="closed"))
+    assert error.error_code == "registration_closed"
+
+
+async def test_an_email_is_registered_once_however_it_is_written(store: AccountStore) -> None:
+    await store.register(EMAIL, PASSWORD, registration="open")
+    for email in (EMAIL, " ADA@Example.COM\n"):
+        error = await refusal(store.register(email, "another password", registration="open"))
+        assert (error.http_status, error.error_code, error.param) == (409, "email_taken", "email")
+    assert (await store.login(EMAIL, PASSWORD)).email == EMAIL
+
+
+async def test_of_many_that_race_for_one_email_one_gets_it(store: AccountStore) -> None:
+    registering = (store.register(EMAIL, PASSWORD, registration="open") for _ in range(10))
+    answers = await asyncio.gather(*registering, return_exceptions=True)
+    assert sorted(getattr(answer, "http_status", 201) for answer in answers) == [201] + [409] * 9
+
+
+async def test_a_password_is_stored_as_argon2id_of_the_librarys_default(
+    store: AccountStore, pool: asyncpg.Pool, real_hashes: None
+) -> None:
+    await store.register(EMAIL, PASSWORD, registration="open")
+    [row] = await pool.fetch("select * from accounts")
+    assert not PASSWORD_HASHER.check_needs_rehash(row["password_hash"])
+    assert PASSWORD not in " ".join(str(value) for value in row.values())
+
+
+@pytest.mark.parametrize(
+    "email",
+    [
+        "",
+        "@",
+        "ada",
+        "ada@",
+        "@example.com",
+        "a b@example.com",
+        "ada@example..com",
+        "ada@-example.com",
+        "ada@exam_ple.com",
+        "two@at@example.com",
+        "nul\0@example.com",
+        "\ud800@example.com",
+        "ada@example.com\nBcc: all@example.com",
+        "adä@example.com",
+        "ada@exаmple.com",  # the second a is Cyrillic
+        "K@example.com",  # the Kelvin sign, whose lower case is a plain k
+        "a" * 243 + "@example.com",
+    ],
+)
+async def test_what_is_no_email_is_refused_before_anything_else(email: str, pool: asyncpg.Pool) -> None:
+    await pool.close()
+    store = AccountStore(pool)
+    for answer in (store.register(email, PASSWORD, registration="open"), store.login(email, PASSWORD)):
+        error = await refusal(answer)
+        assert isinstance(error, InvalidRequest)
+        assert error.param == "email"
+
+
+@pytest.mark.parametrize(
+    "email", ["a" * 242 + "@example.com", "x+y.z@sub.example.co", "root@localhost", "o'neill@a-b.ie"]
+)
+def test_what_is_an_email_is_taken(email: str) -> None:
+    assert normal_email(f" {email.upper()} ") == email
+
+
+# --- log-in -------------------------------------------------------------------------------------------------------
+
+
+async def test_email_and_password_name_the_account(store: AccountStore) -> None:
+    account = await store.register(EMAIL, PASSWORD, registration="open")
+    assert await store.login("Ada@Example.com", PASSWORD) == account
+
+
+async def test_a_wrong_password_and_an_unknown_email_get_the_same_answer_for_the_same_work(
+    store: AccountStore, checked: list[str]
+) -> None:
+    await store.register(EMAIL, PASSWORD, registration="open")
+    known = await refusal(store.login(EMAIL, "wrong password"))
+    unknown = await refusal(store.login("nobody@example.com", "wrong password"))
+    assert (known.http_status, known.error_code) == (401, "invalid_credentials")
+    assert known.object() == unknown.object()
+    assert len(checked) == 2
+    assert checked[0].split("$")[:4] == checked[1].split("$")[:4]
+
+
+async def test_a_password_is_compared_byte_for_byte(store: AccountStore) -> None:
+    await store.register(EMAIL, PASSWORD, registration="open")
+    for wrong in (PASSWORD.upper(), PASSWORD + " ", " " + PASSWORD, PASSWORD[:-1]):
+        assert isinstance(await refusal(store.login(EMAIL, wrong)), Unauthenticated)
+
+
+async def test_after_five_failures_an_account_waits_a_minute_even_with_the_right_password(
+    store: AccountStore, checked: list[str]
+) -> None:
+    await store.register(EMAIL, PASSWORD, registration="open")
+    for number in range(5):
+        assert (await refusal(store.login(EMAIL, "wrong password", address=f"10.0.0.{number}"))).http_status == 401
+    error = await refusal(store.login(EMAIL, PASSWORD, address="10.0.0.9"))
+    assert error.http_status == 429
+    assert error.retry_after is not None
+    assert 55 < error.retry_after <= 60
+    assert len(checked) == 5
+
+
+async def test_after_five_failures_an_address_waits_whatever_the_account(store: AccountStore) -> None:
+    await store.register(EMAIL, PASSWORD, registration="open")
+    for number in range(5):
+        guess = store.login(f"user{number}@example.com", "wrong password", address="10.0.0.1")
+        assert (await refusal(guess)).http_status == 401
+    assert (await refusal(store.login(EMAIL, PASSWORD, address="10.0.0.1"))).http_status == 429
+    assert (await store.login(EMAIL, PASSWORD, address="10.0.0.2")).email == EMAIL
+
+
+async def test_guesses_that_come_all_at_once_learn_no_more_than_five(store: AccountStore) -> None:
+    await store.register(EMAIL, PASSWORD, registration="open")
+    guesses = [store.login(EMAIL, f"wrong password {number}") for number in range(30)]
+    answers = await asyncio.gather(*guesses, return_exceptions=True)
+    assert sorted(getattr(answer, "http_status", 200) for answer in answers) == [401] * 5 + [429] * 25
+
+
+async def test_many_good_log_ins_at_once_all_pass(store: AccountStore) -> None:
+    account = await store.register(EMAIL, PASSWORD, registration="open")
+    logins = [store.login(EMAIL, PASSWORD, address="10.0.0.1") for _ in range(20)]
+    assert await asyncio.gather(*logins) == [account] * 20
+
+
+async def test_a_full_queue_is_503_and_no_failure(pool: asyncpg.Pool) -> None:
+    store = AccountStore(pool, hashing=HashingPool(threads=1, waiting=0))
+    await store.register(EMAIL, PASSWORD, registration="open")
+    answers = await asyncio.gather(*(store.login(EMAIL, PASSWORD) for _ in range(10)), return_exceptions=True)
+    assert {getattr(answer, "http_status", 200) for answer in answers} == {200, 503}
+    assert (await store.login(EMAIL, PASSWORD)).email == EMAIL
+
+
+async def test_an_account_is_found_by_its_email(store: AccountStore) -> None:
+    account = await store.register(EMAIL, PASSWORD, registration="open")
+    assert await store.find("ADA@example.com") == account
+    error = await refusal(store.find("nobody@example.com"))
+    assert (error.http_status, error.error_code) == (404, "account_not_found")
+
+
+async def test_without_postgres_everything_is_503(store: AccountStore, pool: asyncpg.Pool) -> None:
+    await pool.close()
+    for answer in (
+        store.register(EMAIL, PASSWORD, registration="open"),
+        store.register(EMAIL, PASSWORD, registration="closed"),
+        store.login(EMAIL, PASSWORD),
+        store.list(),
+    ):
+        assert (await refusal(answer)).error_code == "database_unavailable"

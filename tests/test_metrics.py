@@ -1,0 +1,305 @@
+import timeit
+from collections.abc import Iterator
+from time import monotonic
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+from gateway.exchange import Exchange
+from gateway.metrics import MAX_HISTOGRAMS, MAX_SERIES, OTHER, Metrics, escape
+from gateway.protocol.chat import ChatRequest
+from gateway.protocol.errors import UPSTREAM_ERROR_KINDS
+from gateway.protocol.routing import Provider, Target
+from gateway.protocol.usage import Usage
+
+pytestmark = pytest.mark.unit
+
+HOSTILE_NAMES = [
+    'x"} 1\nforged_total{a="b',
+    'quote " inside',
+    "back\\slash",
+    "ends in a backslash\\",
+    '\\"',
+    "line\nfeed",
+    "# TYPE forged_total counter",
+    "{}=,",
+    "Ünïcodé 模型 🦙",
+    "",
+]
+
+
+def samples(metrics: Metrics) -> Iterator[Sample]:
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        yield from family.samples
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float:
+    found = [s.value for s in samples(metrics) if s.name == name and s.labels == labels]
+    assert len(found) == 1, f"{name}{labels} is on the page {len(found)} times"
+    return found[0]
+
+
+def exchange(*, stream: bool = True, model: str = "gpt-4o", status: int = 200) -> Exchange:
+    """One that arrived ten seconds ago: 2 s to the first text, 3 s at the provider, 3.5 s in all."""
+    provider = Provider(name="openai", dialect="openai", base_url="http://localhost/v1")
+    started = monotonic() - 10
+    return Exchange(
+        started=started,
+        ended=started + 3.5,
+        first_byte=started + 2,
+        upstream_ms=3000,
+        chat=ChatRequest(body=b"{}", fields={}, model=model, stream=stream, wants_usage=False),
+        target=Target(provider, model),
+        model=model,
+        outcome="ok",
+        status=status,
+    )
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+def test_every_metric_is_on_the_page_with_its_type_and_a_sentence() -> None:
+    families = {f.name: f for f in text_string_to_metric_families(Metrics().render().decode())}
+    types = {name: family.type for name, family in families.items() if name != "process_resident_memory_bytes"}
+    assert (
+        types
+        == {
+            "gateway_auth_failures": "counter",
+            "gateway_build_info": "gauge",
+            "gateway_client_aborts": "counter",
+            "gateway_dependency_errors": "counter",
+            "gateway_limiter_local": "gauge",
+            "gateway_overhead_seconds": "histogram",
+            "gateway_rate_limited": "counter",
+            "gateway_request_duration_ms": "histogram",
+            "gateway_requests": "counter",
+            "gateway_streams_open": "gauge",
+            "gateway_time_to_first_token_seconds": "histogram",
+            "gateway_tokens": "counter",
+            "gateway_upstream_errors": "counter",
+            "gateway_uptime_seconds": "gauge",
+            "gateway_usage_queue": "gauge",
+            "gateway_usage_rows": "counter",
+            "gateway_usage_source": "counter",
+            "process_resident_memory_bytes": "gauge",
+        }
+        or "process_resident_memory_bytes" not in types
+    )
+    assert all(family.documentation.endswith(".") for family in families.values())
+
+
+def test_two_instances_share_nothing() -> None:
+    one, two = Metrics(), Metrics()
+    one.streams_open.inc()
+    assert [value(m, "gateway_streams_open") for m in (one, two)] == [1, 0]
+
+
+def test_the_page_says_how_long_and_how_large_the_process_is() -> None:
+    metrics = Metrics()
+    by_name = {s.name: s.value for s in samples(metrics)}
+    assert 0 <= by_name["gateway_uptime_seconds"] < 60
+    assert by_name.get("process_resident_memory_bytes", 1 << 22) > 1 << 20
+    assert by_name["gateway_build_info"] == 1
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_a_hostile_label_value_comes_back_as_it_was_and_plants_nothing(name: str) -> None:
+    quiet = {s.name for s in samples(Metrics())}
+    metrics = Metrics(known_models=[name])
+    metrics.requests.labels(metrics.model_label(name), "openai", "200").inc(7)
+    assert value(metrics, "gateway_requests_total", model=name, provider="openai", status="200") == 7
+    assert {s.name for s in samples(metrics)} - quiet == {"gateway_requests_total"}
+
+
+@pytest.mark.parametrize("char", ["\0", "\r", "\ud800", "\x1b", "\u2028"])
+def test_what_has_no_place_in_a_label_becomes_a_replacement_character(char: str) -> None:
+    metrics = Metrics(known_models=[f"a{char}b"])
+    metrics.requests.labels(f"a{char}b", "openai", "200").inc()
+    assert value(metrics, "gateway_requests_total", model="a\ufffdb", provider="openai", status="200") == 1
+
+
+def test_a_model_that_a_client_made_up_is_counted_as_other() -> None:
+    metrics = Metrics(known_models=["gpt-4o"])
+    metrics.exchange_ended(exchange(model="canary-model"), Usage(5, 6), "provider")
+    metrics.tokens_live("canary-model", "openai").inc(3)
+    assert b"canary" not in metrics.render()
+    assert value(metrics, "gateway_requests_total", model=OTHER, provider="openai", status="200") == 1
+    assert value(metrics, "gateway_tokens_total", model=OTHER, provider="openai", kind="completion") == 9
+
+
+def test_a_model_that_becomes_known_while_we_run_gets_its_own_label() -> None:
+    metrics = Metrics()
+    assert metrics.model_label("llama3") == OTHER
+    metrics.known_models.add("llama3")
+    assert metrics.model_label("llama3") == "llama3"
+
+
+def test_series_beyond_the_cap_are_counted_together_as_other() -> None:
+    metrics = Metrics()
+    for number in range(MAX_SERIES + 500):
+        metrics.requests.labels(f"model-{number}", "openai", "200").inc()
+    of_requests = [s for s in samples(metrics) if s.name == "gateway_requests_total"]
+    assert len(of_requests) == MAX_SERIES + 1
+    assert sum(s.value for s in of_requests) == MAX_SERIES + 500
+    assert value(metrics, "gateway_requests_total", model=OTHER, provider=OTHER, status=OTHER) == 500
+
+
+def test_the_page_stays_under_five_thousand_lines_whatever_is_asked() -> None:
+    names = [f"model-{number}" for number in range(2000)]
+    metrics = Metrics(known_models=names, providers=names)
+    for name in names:
+        metrics.requests.labels(name, name, "200").inc()
+        metrics.tokens.labels(name, name, "prompt").inc()
+        metrics.request_duration_ms.labels(name).observe(1)
+        metrics.time_to_first_token_seconds.labels(name).observe(1)
+    seconds = timeit.timeit(metrics.render, number=3) / 3
+    lines = metrics.render().count(b"\n")
+    print(f"\nthe largest page: {lines} lines, {len(metrics.render()) / 1000:.0f} KB, {seconds * 1000:.1f} ms")  # noqa: T201 (a measurement)
+    assert lines <= 5000
+
+
+# --- series -------------------------------------------------------------------------------------------------------
+
+
+def test_every_closed_set_is_on_the_page_before_anything_happened() -> None:
+    metrics = Metrics(providers=["openai", "ollama"])
+    for provider in ("openai", "ollama"):
+        for kind in UPSTREAM_ERROR_KINDS:
+            assert value(metrics, "gateway_upstream_errors_total", provider=provider, kind=kind) == 0
+        assert value(metrics, "gateway_request_duration_ms_count", provider=provider) == 0
+    for result in ("written", "failed", "dropped"):
+        assert value(metrics, "gateway_usage_rows_total", result=result) == 0
+    for phase in ("ttft", "stream"):
+        assert value(metrics, "gateway_client_aborts_total", phase=phase) == 0
+
+
+def test_a_bound_series_is_the_same_object_every_time() -> None:
+    metrics = Metrics()
+    series = metrics.tokens.labels("gpt-4o", "openai", "prompt")
+    assert metrics.tokens.labels("gpt-4o", "openai", "prompt") is series
+
+
+def test_a_label_too_few_is_a_mistake_that_is_told() -> None:
+    with pytest.raises(ValueError, match="gateway_tokens_total has 3 labels, 2 were given"):
+        Metrics().tokens.labels("gpt-4o", "openai")
+
+
+def test_a_counter_never_goes_down() -> None:
+    metrics = Metrics()
+    series = metrics.rate_limited.labels("unavailable")
+    series.inc(2)
+    series.inc(-1)
+    assert value(metrics, "gateway_rate_limited_total", reason="unavailable") == 2
+
+
+def test_a_gauge_goes_both_ways_or_follows_what_it_is_told_to() -> None:
+    metrics = Metrics()
+    metrics.streams_open.inc(3)
+    metrics.streams_open.dec()
+    queue = [1, 2]
+    metrics.usage_queue.follow(lambda: len(queue))
+    queue.append(3)
+    assert value(metrics, "gateway_streams_open") == 2
+    assert value(metrics, "gateway_usage_queue") == 3
+
+
+def test_histogram_buckets_add_up_and_include_their_bound() -> None:
+    metrics = Metrics(providers=["openai"])
+    series = metrics.request_duration_ms.labels("openai")
+    for milliseconds in (0, 10, 10.5, 20, 10**9):
+        series.observe(milliseconds)
+    buckets = {s.labels["le"]: s.value for s in samples(metrics) if s.name == "gateway_request_duration_ms_bucket"}
+    assert (buckets["10.0"], buckets["20.0"], buckets["327680.0"], buckets["+Inf"]) == (2, 4, 4, 5)
+    assert list(buckets.values()) == sorted(buckets.values())
+    assert value(metrics, "gateway_request_duration_ms_count", provider="openai") == series.count == 5
+    assert value(metrics, "gateway_request_duration_ms_sum", provider="openai") == 10**9 + 40.5
+
+
+def test_histograms_beyond_the_cap_share_one() -> None:
+    metrics = Metrics()
+    for number in range(MAX_HISTOGRAMS + 5):
+        metrics.request_duration_ms.labels(f"provider-{number}").observe(1)
+    assert value(metrics, "gateway_request_duration_ms_count", provider=OTHER) == 5
+
+
+def test_counting_costs_little() -> None:
+    metrics = Metrics(known_models=["gpt-4o"], providers=["openai"])
+    series = metrics.tokens.labels("gpt-4o", "openai", "prompt")
+    histogram = metrics.request_duration_ms.labels("openai")
+    ended, usage = exchange(), Usage(10, 20)
+    costs = {
+        "inc": _cost(series.inc),
+        "look up and inc": _cost(lambda: metrics.tokens.labels("gpt-4o", "openai", "prompt").inc()),
+        "observe": _cost(lambda: histogram.observe(33.0)),
+    }
+    costs_of_all = _cost(lambda: metrics.exchange_ended(ended, usage, "provider"))
+    print("\n" + ", ".join(f"{what}: {cost:.2f} µs" for what, cost in costs.items()))  # noqa: T201 (a measurement)
+    print(f"exchange_ended: {costs_of_all:.2f} µs")  # noqa: T201 (a measurement)
+    assert max(costs.values()) < 5
+
+
+def _cost(call: object) -> float:
+    """Microseconds, the best of five."""
+    return min(timeit.repeat("call()", globals={"call": call}, number=10_000, repeat=5)) / 10_000 * 1e6
+
+
+# --- an exchange --------------------------------------------------------------------------------------------------
+
+
+def test_an_exchange_counts_its_request_its_times_and_its_tokens() -> None:
+    metrics = Metrics(known_models=["gpt-4o"])
+    usage = Usage(100, 50, cached_tokens=40, cache_write_tokens=10, reasoning_tokens=30)
+    metrics.exchange_ended(exchange(), usage, "provider")
+    assert value(metrics, "gateway_requests_total", model="gpt-4o", provider="openai", status="200") == 1
+    assert value(metrics, "gateway_request_duration_ms_sum", provider="openai") == pytest.approx(3500)
+    assert value(metrics, "gateway_time_to_first_token_seconds_sum", provider="openai") == pytest.approx(2)
+    assert value(metrics, "gateway_overhead_seconds_sum") == pytest.approx(0.5)
+    assert value(metrics, "gateway_usage_source_total", source="provider") == 1
+    expected = {"prompt": 100, "completion": 50, "cached": 40, "cache_write": 10, "reasoning": 30}
+    for kind, count in expected.items():
+        assert value(metrics, "gateway_tokens_total", model="gpt-4o", provider="openai", kind=kind) == count
+
+
+@pytest.mark.parametrize(("live", "final", "counted"), [(0, 50, 50), (42, 50, 50), (50, 50, 50), (60, 50, 60)])
+def test_tokens_counted_live_are_not_counted_again(live: int, final: int, counted: int) -> None:
+    metrics = Metrics(known_models=["gpt-4o"])
+    metrics.tokens_live("gpt-4o", "openai").inc(live)
+    metrics.exchange_ended(exchange(), Usage(100, final), "provider", counted_live=live)
+    assert value(metrics, "gateway_tokens_total", model="gpt-4o", provider="openai", kind="completion") == counted
+
+
+def test_an_answer_that_was_not_streamed_has_no_first_token() -> None:
+    metrics = Metrics(providers=["openai"])
+    metrics.exchange_ended(exchange(stream=False), Usage(1, 1), "provider")
+    assert value(metrics, "gateway_time_to_first_token_seconds_count", provider="openai") == 0
+
+
+def test_a_request_that_was_refused_has_no_provider_and_no_tokens() -> None:
+    metrics = Metrics()
+    metrics.exchange_ended(Exchange(status=401))
+    assert value(metrics, "gateway_requests_total", model=OTHER, provider="none", status="401") == 1
+    assert not [s for s in samples(metrics) if s.name == "gateway_tokens_total"]
+    assert value(metrics, "gateway_overhead_seconds_count") == 0
+
+
+def test_a_status_that_is_none_is_no_label() -> None:
+    metrics = Metrics()
+    for status in (0, 99, 1_000_000):
+        metrics.exchange_ended(Exchange(status=status))
+    assert value(metrics, "gateway_requests_total", model=OTHER, provider="none", status="0") == 1
+    assert value(metrics, "gateway_requests_total", model=OTHER, provider="none", status=OTHER) == 2
+
+
+@pytest.mark.parametrize(("first_byte", "phase"), [(0.0, "ttft"), (1.0, "stream")])
+def test_a_client_that_left_is_counted_by_what_it_had_seen(first_byte: float, phase: str) -> None:
+    metrics = Metrics()
+    left = exchange()
+    left.outcome, left.first_byte = "client_abort", first_byte
+    metrics.exchange_ended(left, Usage(1, 0), "estimated")
+    assert value(metrics, "gateway_client_aborts_total", phase=phase) == 1
+
+
+def test_escaping_leaves_plain_names_alone() -> None:
+    assert escape("claude-sonnet-4-5@20250929") == "claude-sonnet-4-5@20250929"

@@ -1,0 +1,145 @@
+"""`gateway serve` as a process of its own: start, memory, SIGTERM."""
+
+import asyncio
+import sys
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import aiohttp
+import asyncpg
+import pytest
+
+from tests.support.gateway import chat_body
+from tests.support.process import Served, serving
+
+pytestmark = pytest.mark.integration
+
+
+async def new_key(served: Served, **limits: Any) -> str:
+    login = {"email": "admin@example.com", "password": "correct horse battery"}
+    async with aiohttp.ClientSession() as client:
+        async with client.post(f"{served.root_url}/auth/register", json=login) as response:
+            assert response.status in (201, 409)
+        body = {**login, "key_name": "test", "requests_per_minute": 0, "concurrent_requests": 0, **limits}
+        async with client.post(f"{served.root_url}/auth/keys", json=body) as response:
+            assert response.status == 201, await response.text()
+            key: str = (await response.json())["api_key"]
+            return key
+
+
+async def test_sigterm_lets_open_streams_finish_flushes_usage_and_exits_0(database_url: str, redis_url: str) -> None:
+    environ = {"DATABASE_URL": database_url, "REDIS_URL": redis_url, "GATEWAY_DRAIN_DELAY": "0.5"}
+    async with serving(environ) as served:
+        headers = {"Authorization": f"Bearer {await new_key(served)}"}
+        async with aiohttp.ClientSession(headers=headers) as client:
+            body = chat_body("mock-gpt?pace_ms=50&tokens=50", stream=True)
+            async with client.post(f"{served.base_url}/chat/completions", json=body) as response:
+                await response.content.readany()
+                told = monotonic()
+                stopping = asyncio.create_task(served.terminate())
+                await asyncio.sleep(0.1)
+                async with client.get(f"{served.root_url}/health/ready") as health:
+                    assert health.status == 503
+                async with client.get(f"{served.root_url}/health/live") as health:
+                    assert health.status == 200
+                rest = (await response.read()).decode()
+        assert rest.endswith("data: [DONE]\n\n")
+        assert await stopping == 0
+        assert 1.0 < monotonic() - told < 10
+    connection = await asyncpg.connect(database_url)
+    try:
+        rows = await connection.fetch("select outcome, completion_tokens from usage")
+    finally:
+        await connection.close()
+    assert [row["outcome"] for row in rows] == ["ok"]
+    assert rows[0]["completion_tokens"] > 0
+
+
+async def test_a_stream_that_outlasts_the_drain_ends_with_an_error_event_and_a_row(
+    database_url: str, redis_url: str
+) -> None:
+    environ = {"DATABASE_URL": database_url, "REDIS_URL": redis_url, "GATEWAY_DRAIN_TIMEOUT": "0.5"}
+    async with serving(environ) as served:
+        headers = {"Authorization": f"Bearer {await new_key(served)}"}
+        async with aiohttp.ClientSession(headers=headers) as client:
+            body = chat_body("mock-claude?pace_ms=50&case=long", stream=True)
+            async with client.post(f"{served.base_url}/chat/completions", json=body) as response:
+                await response.content.readany()
+                stopping = asyncio.create_task(served.terminate())
+                rest = (await response.read()).decode()
+        assert "server_shutting_down" in rest
+        assert "[DONE]" not in rest
+        assert await stopping == 0
+    connection = await asyncpg.connect(database_url)
+    try:
+        assert await connection.fetchval("select outcome from usage") == "interrupted"
+    finally:
+        await connection.close()
+
+
+async def test_idle_memory_and_start_on_an_existing_data_folder(tmp_path: Path) -> None:
+    """Under 70 MB without the embedded servers, ready in under 1.5 s with them."""
+    environ = {"GATEWAY_DATA_DIR": str(tmp_path / "data")}
+    async with serving(environ) as served:
+        first = served.seconds_to_ready
+        key = await new_key(served)
+    starts = []
+    for _ in range(3):
+        async with serving(environ, coverage=False) as served:
+            starts.append(served.seconds_to_ready)
+            headers = {"Authorization": f"Bearer {key}"}
+            async with (
+                aiohttp.ClientSession(headers=headers) as client,
+                client.post(f"{served.base_url}/chat/completions", json=chat_body("mock-gpt")) as response,
+            ):
+                assert response.status == 200, "the data of the first run must be there"
+            memory = served.rss_mb()
+    best = min(starts)
+    print(f"ready after {first:.2f} s on a new folder, {best:.2f} s on an existing one; {memory:.0f} MB")
+    assert best < 1.5
+    assert memory < 70
+
+
+async def test_two_processes_share_keys_limits_and_usage(database_url: str, redis_url: str) -> None:
+    environ = {"DATABASE_URL": database_url, "REDIS_URL": redis_url}
+    async with serving(environ) as one, serving(environ) as two:
+        headers = {"Authorization": f"Bearer {await new_key(one, requests_per_minute=20)}"}
+        async with aiohttp.ClientSession(headers=headers) as client:
+
+            async def call(served: Served) -> int:
+                async with client.post(f"{served.base_url}/chat/completions", json=chat_body("mock-gpt")) as response:
+                    await response.read()
+                    return response.status
+
+            statuses = await asyncio.gather(*(call(served) for served in [one, two] * 40))
+        assert (statuses.count(200), statuses.count(429)) == (20, 60)
+        assert await one.terminate() == 0
+        assert await two.terminate() == 0
+    connection = await asyncpg.connect(database_url)
+    try:
+        assert await connection.fetchval("select count(*) from usage") == 20
+    finally:
+        await connection.close()
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"PORT": "many"}, "PORT"),
+        ({"GATEWAY_HEARTBEET": "3"}, "GATEWAY_HEARTBEET"),
+        ({"GATEWAY_HEARTBEAT": "0"}, "GATEWAY_HEARTBEAT"),
+        ({"OPENAI_BASE_URL": "ftp://x"}, "OPENAI_BASE_URL"),
+        ({"GATEWAY_CONFIG": "/nowhere/gateway.toml"}, "GATEWAY_CONFIG"),
+    ],
+)
+async def test_a_wrong_setting_stops_the_start_with_one_line_that_names_it(environ: dict[str, str], words: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "gateway", "serve", "--port", "0",
+        env=environ, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    out, err = await asyncio.wait_for(process.communicate(), 20)
+    assert process.returncode == 2
+    assert out == b""
+    assert words in err.decode()
+    assert err.decode().count("\n") == 1

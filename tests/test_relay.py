@@ -1,0 +1,508 @@
+"""What a client and a provider see of each other through the gateway, also when one of them fails."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from time import monotonic
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.support.gateway import MODELS, Gateway, chat_body, read_events, running_gateway
+from tests.support.standin import standing_in
+
+pytestmark = pytest.mark.integration
+
+DIALECTS = list(MODELS)
+
+
+@pytest.fixture
+async def gateway(database_url: str, redis_url: str) -> AsyncIterator[Gateway]:
+    # Short times, so that what waits for them is seen in a test; the defaults are asserted in test_settings.
+    times = {
+        "GATEWAY_IDLE_TIMEOUT": "1",
+        "GATEWAY_FIRST_BYTE_TIMEOUT": "3",
+        "GATEWAY_TOTAL_TIMEOUT": "3",
+    }
+    async with running_gateway(database_url, redis_url, times) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+async def client(gateway: Gateway) -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(headers=gateway.headers) as session:
+        yield session
+
+
+async def until(condition: Callable[[], Any], seconds: float = 3.0) -> float:
+    """Waits for it; how long it took."""
+    started = monotonic()
+    while not condition():
+        assert monotonic() - started < seconds, "it did not happen in time"
+        await asyncio.sleep(0.005)
+    return monotonic() - started
+
+
+def url(gateway: Gateway) -> str:
+    return f"{gateway.base_url}/chat/completions"
+
+
+# --- bytes that arrive as they are sent ---------------------------------------------------------------------------
+
+OPENAI_PIECES = [
+    b'data: {"id":"c1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}], "odd" : [1,  2.50]}\r\n\r\n',
+    b": a comment\n\n",
+    b'data:{"id":"c1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":{"content":"h\xc3\xa9"},"finish_reason":null}]}\n\n',
+    b'data: {"id":"c1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n',
+]
+ANTHROPIC_PIECES = [
+    b'event: message_start\ndata: {"type":"message_start","message":{"id":"msg_1","type":"message","role":"assistant","model":"m","content":[],"stop_reason":null,"stop_sequence":null,"usage":{"input_tokens":3,"output_tokens":1}}}\n\n',
+    b'event: content_block_start\ndata: {"type":"content_block_start","index":0,"content_block":{"type":"text","text":"a"}}\n\n',
+    b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"b"}}\n\n',
+    b'event: content_block_stop\ndata: {"type":"content_block_stop","index":0}\n\nevent: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn","stop_sequence":null},"usage":{"output_tokens":2}}\n\nevent: message_stop\ndata: {"type":"message_stop"}\n\n',
+]
+OLLAMA_PIECES = [
+    b'{"model":"m","created_at":"2026-11-01T00:00:00Z","message":{"role":"assistant","content":"%d"},"done":false}\n' % n
+    for n in range(3)
+] + [
+    b'{"model":"m","created_at":"2026-11-01T00:00:00Z","message":{"role":"assistant","content":""},"done":true,"done_reason":"stop","prompt_eval_count":3,"eval_count":3}\n'
+]
+
+
+@pytest.mark.parametrize(
+    ("dialect", "pieces", "content_type"),
+    [
+        ("openai", OPENAI_PIECES, "text/event-stream"),
+        ("anthropic", ANTHROPIC_PIECES, "text/event-stream"),
+        ("ollama", OLLAMA_PIECES, "application/x-ndjson"),
+    ],
+)
+async def test_each_event_of_a_provider_that_trickles_arrives_within_50_ms(
+    database_url: str, redis_url: str, dialect: str, pieces: list[bytes], content_type: str
+) -> None:
+    async with standing_in(pieces, pause=1.0, content_type=content_type) as provider:
+        path = "/v1" if dialect == "openai" else ""
+        environ = {f"{dialect.upper()}_BASE_URL": provider.address + path}
+        async with (
+            running_gateway(database_url, redis_url, environ) as gateway,
+            aiohttp.ClientSession(headers=gateway.headers) as client,
+            client.post(url(gateway), json=chat_body(f"{dialect}/m", stream=True)) as response,
+        ):
+            assert response.status == 200
+            arrived, received = [], []
+            async for data in response.content.iter_any():
+                arrived.append(monotonic())
+                received.append(data)
+    late = [there - sent for there, sent in zip(arrived, provider.sent, strict=True)]
+    print(f"{dialect}: late by {max(late) * 1000:.1f} ms at most")
+    assert max(late) < 0.050
+    if dialect == "openai":
+        assert b"".join(received) == b"".join(pieces)
+
+
+async def test_a_request_body_that_need_not_change_reaches_the_provider_as_it_was_sent(
+    database_url: str, redis_url: str
+) -> None:
+    body = (
+        '{ "messages":[{"role":"user","content":"h\\u00e9 😀"}],"model":"mock-gpt",\n"x_unknown": 1.50, '
+        '"stream":true,"stream_options":{"include_usage":true}}'
+    ).encode()
+    async with (
+        # A provider's prefix in the model's name would be cut off, and so would change the body.
+        running_gateway(database_url, redis_url, {"GATEWAY_DEFAULT_PROVIDER": "openai"}) as gateway,
+        aiohttp.ClientSession(headers=gateway.headers) as client,
+    ):
+        headers = {"Content-Type": "application/json"}
+        async with client.post(url(gateway), data=body, headers=headers) as response:
+            assert response.status == 200
+            await response.read()
+        assert gateway.mock.received[-1].body == body
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+async def test_the_usage_chunk_comes_only_to_those_who_asked(
+    gateway: Gateway, client: aiohttp.ClientSession, dialect: str
+) -> None:
+    for asked in (None, False, True):
+        options = {} if asked is None else {"stream_options": {"include_usage": asked}}
+        async with client.post(url(gateway), json=chat_body(MODELS[dialect], stream=True, **options)) as response:
+            events = await read_events(response)
+        assert events[-1] == "[DONE]"
+        chunks = [json.loads(event) for event in events[:-1]]
+        usages = [chunk["usage"] for chunk in chunks if chunk.get("usage")]
+        assert len(usages) == (1 if asked else 0)
+    rows = await gateway.rows()
+    assert [row["usage_source"] for row in rows] == ["provider"] * 3
+    assert all(row["completion_tokens"] > 0 and row["prompt_tokens"] > 0 for row in rows)
+
+
+# --- a client that leaves -----------------------------------------------------------------------------------------
+
+LEAVES = {
+    "before_headers": "headers_ms=30000",
+    "silent_after_headers": "ttft_ms=30000",
+    "mid_stream": "pace_ms=20&case=long",
+    "silent_mid_stream": "fault=stall&after=5",
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("phase", LEAVES)
+async def test_a_client_that_leaves_closes_the_provider_within_a_second_and_gets_a_row(
+    gateway: Gateway, client: aiohttp.ClientSession, dialect: str, phase: str
+) -> None:
+    body = chat_body(f"{MODELS[dialect]}?{LEAVES[phase]}", "one two three four " * 10, stream=True)
+    calling = asyncio.create_task(_start_and_read(client, gateway, body, wait_for_text="mid_stream" in phase))
+    await until(lambda: gateway.mock.received)
+    if "mid_stream" in phase:
+        response = await calling
+        response.close()
+    else:
+        await asyncio.sleep(0.1)
+        calling.cancel()
+    took = await until(lambda: gateway.mock.received[-1].client_gone_at is not None)
+    assert took < 1.0
+    [row] = await gateway.rows()
+    assert row["outcome"] == "client_abort"
+    assert row["status"] == (200 if "mid_stream" in phase else 0)
+    assert row["prompt_tokens"] > 0
+    if "mid_stream" in phase:
+        assert row["completion_tokens"] > 0
+
+
+async def _start_and_read(
+    client: aiohttp.ClientSession, gateway: Gateway, body: dict[str, Any], *, wait_for_text: bool
+) -> aiohttp.ClientResponse:
+    response = await client.post(url(gateway), json=body)
+    while wait_for_text and b'"content":"' not in (await response.content.readany()).replace(b'"content":""', b""):
+        pass
+    return response
+
+
+async def test_a_client_that_leaves_a_request_without_stream_closes_the_provider(
+    gateway: Gateway, client: aiohttp.ClientSession
+) -> None:
+    calling = asyncio.create_task(
+        client.post(url(gateway), json=chat_body("openai/mock-gpt?headers_ms=30000")).__aenter__()
+    )
+    await until(lambda: gateway.mock.received)
+    calling.cancel()
+    assert await until(lambda: gateway.mock.received[-1].client_gone_at is not None) < 1.0
+    [row] = await gateway.rows()
+    assert (row["outcome"], row["status"], row["completion_tokens"]) == ("client_abort", 0, 0)
+
+
+async def test_connections_are_used_again_after_a_stream_that_ended(
+    gateway: Gateway, client: aiohttp.ClientSession
+) -> None:
+    for _ in range(5):
+        async with client.post(url(gateway), json=chat_body(MODELS["openai"], stream=True)) as response:
+            await response.read()
+        await asyncio.sleep(0.05)
+    assert gateway.mock.open_connections == 1
+
+
+# --- streams that break -------------------------------------------------------------------------------------------
+
+BREAKS = {
+    "reset": "upstream_truncated",
+    "truncate": "upstream_truncated",
+    "cut": "upstream_truncated",
+    "stall": "upstream_timeout",
+    "error_event": None,  # the provider's own code
+    "bad_json_3": "upstream_error",
+    "huge_event": "event_too_large",
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("fault", BREAKS)
+async def test_a_stream_that_breaks_ends_with_an_error_event_and_no_done(
+    gateway: Gateway, client: aiohttp.ClientSession, dialect: str, fault: str
+) -> None:
+    body = chat_body(f"{MODELS[dialect]}?fault={fault}&after=4&pace_ms=2", stream=True)
+    async with client.post(url(gateway), json=body) as response:
+        assert response.status == 200
+        events = await read_events(response)
+    assert "[DONE]" not in events
+    assert not any("HTTP/1.1" in event for event in events)
+    error = json.loads(events[-1])["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    if BREAKS[fault] is not None:
+        assert error["code"] == BREAKS[fault]
+    assert any('"content":' in event for event in events[:-1]), "what came before the fault must not be lost"
+    [row] = await gateway.rows()
+    assert row["outcome"] == ("upstream_timeout" if fault == "stall" else "upstream_error")
+    assert row["completion_tokens"] > 0
+    assert row["error_code"] == error["code"]
+
+
+async def test_one_bad_event_does_not_end_a_stream(gateway: Gateway, client: aiohttp.ClientSession) -> None:
+    async with client.post(url(gateway), json=chat_body("openai/mock-gpt?fault=bad_json", stream=True)) as response:
+        events = await read_events(response)
+    assert events[-1] == "[DONE]"
+    assert all(json.loads(event) for event in events[:-1])
+
+
+async def test_a_stream_without_its_last_word_but_with_its_finish_reason_is_whole(
+    gateway: Gateway, client: aiohttp.ClientSession
+) -> None:
+    async with client.post(url(gateway), json=chat_body("openai/mock-gpt?fault=no_done", stream=True)) as response:
+        events = await read_events(response)
+    assert events[-1] == "[DONE]"
+
+
+async def test_a_body_that_stays_open_after_the_last_word_ends_at_once(
+    gateway: Gateway, client: aiohttp.ClientSession
+) -> None:
+    for dialect in DIALECTS:
+        started = monotonic()
+        body = chat_body(f"{MODELS[dialect]}?fault=hang_open", stream=True)
+        async with client.post(url(gateway), json=body) as response:
+            events = await read_events(response)
+        assert events[-1] == "[DONE]"
+        assert monotonic() - started < 0.9
+
+
+async def test_a_pooled_connection_that_died_is_tried_once_more(
+    gateway: Gateway, client: aiohttp.ClientSession
+) -> None:
+    for _ in range(3):
+        async with client.post(url(gateway), json=chat_body("openai/mock-gpt?fault=reset_on_reuse")) as response:
+            assert response.status == 200
+            await response.read()
+
+
+# --- errors before the first byte ---------------------------------------------------------------------------------
+
+STATUSES = {400: 400, 401: 502, 403: 502, 404: 404, 413: 413, 422: 422, 429: 429, 500: 502, 503: 503, 529: 503}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("dialect", DIALECTS)
+async def test_a_refusal_is_an_openai_error_object_with_the_right_status(
+    gateway: Gateway, client: aiohttp.ClientSession, dialect: str, stream: bool
+) -> None:
+    for status, expected in STATUSES.items():
+        model = f"{MODELS[dialect]}?status={status}" + ("&retry_after=7" if status in (429, 503) else "")
+        async with client.post(url(gateway), json=chat_body(model, stream=stream)) as response:
+            assert response.status == expected, (status, await response.text())
+            assert response.content_type == "application/json"
+            error = (await response.json())["error"]
+            assert set(error) == {"message", "type", "param", "code"}
+            assert error["message"]
+            if status in (401, 403):
+                assert error["code"] == "provider_auth"
+                assert "sk-" not in error["message"]
+            if status in (429, 503):
+                assert response.headers["Retry-After"] == "7"
+    rows = await gateway.rows()
+    assert len(rows) == len(STATUSES)
+    assert {(row["prompt_tokens"], row["completion_tokens"]) for row in rows} == {(0, 0)}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fault", "status", "code"),
+    [
+        ("close_before_headers", 502, "upstream_unreachable"),
+        ("reset_before_headers", 502, "upstream_unreachable"),
+        ("garbage", 502, "upstream_unreachable"),
+        ("redirect", 502, "upstream_error"),
+        ("html", 502, "upstream_error"),
+        ("empty", 502, None),
+    ],
+)
+async def test_a_provider_that_does_not_answer_properly_is_a_502(
+    gateway: Gateway, client: aiohttp.ClientSession, fault: str, status: int, code: str | None, stream: bool
+) -> None:
+    for dialect in DIALECTS:
+        body = chat_body(f"{MODELS[dialect]}?fault={fault}", stream=stream)
+        async with client.post(url(gateway), json=body) as response:
+            assert response.status == status
+            error = (await response.json())["error"]
+            assert code is None or error["code"] == code
+    assert not [request for request in gateway.mock.received if "elsewhere" in request.path]
+
+
+async def test_a_silent_provider_is_a_504(gateway: Gateway, client: aiohttp.ClientSession) -> None:
+    for stream in (True, False):
+        body = chat_body("openai/mock-gpt?headers_ms=20000", stream=stream)
+        async with client.post(url(gateway), json=body) as response:
+            assert response.status == 504
+            assert (await response.json())["error"]["code"] == "upstream_timeout"
+    assert [row["outcome"] for row in await gateway.rows()] == ["upstream_timeout"] * 2
+
+
+async def test_an_address_where_nobody_listens_is_a_502_without_a_row(database_url: str, redis_url: str) -> None:
+    environ = {"OPENAI_BASE_URL": "http://127.0.0.1:9/v1"}
+    async with (
+        running_gateway(database_url, redis_url, environ) as gateway,
+        aiohttp.ClientSession(headers=gateway.headers) as client,
+        client.post(url(gateway), json=chat_body("gpt-4o")) as response,
+    ):
+        assert response.status == 502
+        assert (await response.json())["error"]["code"] == "upstream_unreachable"
+        assert await gateway.rows() == []
+
+
+# --- heartbeats ---------------------------------------------------------------------------------------------------
+
+
+async def test_silence_is_filled_with_heartbeats_and_a_late_failure_is_an_event(
+    database_url: str, redis_url: str
+) -> None:
+    async with (
+        running_gateway(database_url, redis_url, {"GATEWAY_HEARTBEAT": "0.3"}) as gateway,
+        aiohttp.ClientSession(headers=gateway.headers) as client,
+    ):
+        body = chat_body("openai/mock-gpt?headers_ms=1000&status=503", stream=True)
+        async with client.post(url(gateway), json=body) as response:
+            assert response.status == 200
+            text = (await response.read()).decode()
+        assert text.startswith(": ping\n\n")
+        assert text.count(": ping\n\n") >= 2
+        assert json.loads(text.rsplit("data: ", 1)[1])["error"]["code"] == "overloaded"
+        assert "[DONE]" not in text
+
+        body = chat_body("openai/mock-gpt?ttft_ms=800&tokens=3", stream=True)
+        async with client.post(url(gateway), json=body) as response:
+            text = (await response.read()).decode()
+        assert ": ping\n\n" in text
+        assert text.endswith("data: [DONE]\n\n")
+
+
+async def test_heartbeats_do_not_keep_a_silent_provider_alive(database_url: str, redis_url: str) -> None:
+    environ = {"GATEWAY_HEARTBEAT": "0.2", "GATEWAY_IDLE_TIMEOUT": "1"}
+    async with (
+        running_gateway(database_url, redis_url, environ) as gateway,
+        aiohttp.ClientSession(headers=gateway.headers) as client,
+    ):
+        started = monotonic()
+        async with client.post(url(gateway), json=chat_body("openai/mock-gpt?fault=stall", stream=True)) as response:
+            text = (await response.read()).decode()
+        assert 0.9 < monotonic() - started < 2.5
+        assert text.count(": ping\n\n") >= 2
+        assert json.loads(text.rsplit("data: ", 1)[1])["error"]["code"] == "upstream_timeout"
+
+
+async def test_before_the_first_heartbeat_a_slow_refusal_keeps_its_status(
+    gateway: Gateway, client: aiohttp.ClientSession
+) -> None:
+    body = chat_body("anthropic/mock-claude?headers_ms=500&status=529", stream=True)
+    async with client.post(url(gateway), json=body) as response:
+        assert response.status == 503
+
+
+async def test_a_reader_that_stops_is_dropped_and_others_go_on(database_url: str, redis_url: str) -> None:
+    async with running_gateway(database_url, redis_url, {"GATEWAY_WRITE_TIMEOUT": "1"}) as gateway:
+        port = int(gateway.root_url.rsplit(":", 1)[1])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        body = json.dumps(chat_body("openai/mock-gpt?fault=endless&after=1", stream=True)).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {gateway.api_key}\r\n"
+        writer.write(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert b" 200 " in await reader.readline()
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        took = await until(
+            lambda: gateway.mock.received and gateway.mock.received[-1].client_gone_at is not None, seconds=10
+        )
+        assert took < 8
+        writer.close()
+        [row] = await gateway.rows()
+        assert (row["outcome"], row["error_code"]) == ("client_abort", "client_stalled")
+
+
+# --- what passes and what does not --------------------------------------------------------------------------------
+
+
+async def test_client_headers_reach_a_provider_only_by_allow_list(
+    gateway: Gateway, client: aiohttp.ClientSession
+) -> None:
+    sent = {
+        "Cookie": "session=secret",
+        "OpenAI-Organization": "org-other",
+        "X-Forwarded-For": "10.0.0.1",
+        "X-User-Id": "user-1",
+        "X-Anything": "x",
+        "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+    }
+    for dialect in DIALECTS:
+        async with client.post(url(gateway), json=chat_body(MODELS[dialect]), headers=sent) as response:
+            assert response.status == 200
+        headers = gateway.mock.received[-1].headers
+        allowed = {
+            "host", "accept", "accept-encoding", "user-agent", "content-type", "content-length", "traceparent",
+            "authorization", "x-api-key", "anthropic-version", "x-request-id", "connection",
+        }  # fmt: skip
+        assert set(headers) <= allowed
+        assert headers["traceparent"] == sent["traceparent"]
+        assert gateway.api_key not in str(headers)
+    by_path = {request.path: request.headers for request in gateway.mock.received}
+    assert by_path["/v1/chat/completions"]["authorization"] == "Bearer sk-operator-openai"
+    assert by_path["/v1/messages"]["x-api-key"] == "sk-operator-anthropic"
+    assert "authorization" not in by_path["/api/chat"]
+
+
+async def test_a_callers_own_credential_is_used_for_this_request_alone(gateway: Gateway) -> None:
+    async with aiohttp.ClientSession() as client:
+        headers = {"X-API-Key": gateway.api_key, "Authorization": "Bearer sk-the-callers-own"}
+        for expected in (headers["Authorization"], "Bearer sk-operator-openai"):
+            async with client.post(url(gateway), json=chat_body(MODELS["openai"]), headers=headers) as response:
+                assert response.status == 200
+            assert gateway.mock.received[-1].headers["authorization"] == expected
+            del headers["Authorization"]
+        headers["Authorization"] = "Bearer sk-the-callers-own"
+        body = chat_body("openai/mock-gpt?status=401")
+        async with client.post(url(gateway), json=body, headers=headers) as response:
+            assert response.status == 401  # the caller's credential is the caller's to mend
+            assert "sk-" not in await response.text()
+
+
+async def test_json_is_compressed_for_who_asks_and_event_streams_never(
+    gateway: Gateway, client: aiohttp.ClientSession
+) -> None:
+    headers = {"Accept-Encoding": "gzip, deflate"}
+    for stream, expected in ((False, "gzip"), (True, None)):
+        body = chat_body("openai/mock-gpt?case=long" if not stream else "openai/mock-gpt", stream=stream)
+        async with client.post(url(gateway), json=body, headers=headers) as response:
+            assert response.headers.get("Content-Encoding") == expected
+            if not stream:
+                assert (await response.json())["object"] == "chat.completion"
+    async with client.post(
+        url(gateway), json=chat_body("openai/mock-gpt?case=long"), headers={"Accept-Encoding": "identity"}
+    ) as response:
+        assert "Content-Encoding" not in response.headers
+
+
+async def test_a_provider_that_compresses_what_it_was_asked_not_to_is_understood(
+    gateway: Gateway, client: aiohttp.ClientSession
+) -> None:
+    for stream in (False, True):
+        async with client.post(url(gateway), json=chat_body("openai/mock-gpt?fault=gzip", stream=stream)) as response:
+            assert response.status == 200
+            assert "Content-Encoding" not in response.headers
+            text = await response.text()
+            assert "[DONE]" in text if stream else json.loads(text)["choices"]
+
+
+async def test_every_response_says_which_request_it_answers_and_who_answered(
+    gateway: Gateway, client: aiohttp.ClientSession
+) -> None:
+    headers = {"X-Request-Id": "mine-1", "X-User-Id": "u1", "X-App-Id": "a1"}
+    async with client.post(url(gateway), json=chat_body(MODELS["ollama"], stream=True), headers=headers) as response:
+        await response.read()
+        assert response.headers["X-Client-Request-Id"] == "mine-1"
+        assert response.headers["X-Gateway-Provider"] == "ollama"
+        assert response.headers["X-Gateway-Model"] == "mock-llama"
+        assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+        request_id = response.headers["X-Request-Id"]
+    [row] = await gateway.rows()
+    assert str(row["request_id"]) == request_id
+    assert (row["user_id"], row["app_id"], row["client_request_id"]) == ("u1", "a1", "mine-1")
+    async with client.get(f"{gateway.root_url}/nowhere") as response:
+        assert response.status == 404
+        assert response.headers["X-Request-Id"]
+        assert (await response.json())["error"]["code"] == "unknown_url"
+
+
