@@ -13,15 +13,15 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 up: ## start a gateway on this machine, with an account, a key and a first stream
-	@if docker info > /dev/null 2>&1 && python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; \
+	@if docker compose ls > /dev/null 2>&1 && python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; \
 	then python3 -m gateway.local up; \
-	else $(MAKE) --no-print-directory .venv/.run && $(BIN)/python -m gateway.local up; fi
+	else $(MAKE) --silent .venv/.run && $(BIN)/python -m gateway.local up; fi
 
 down: ## stop it; its data is kept
-	@$(PYTHON) -m gateway.local down
+	@$(NEEDS_PYTHON); $(PYTHON) -m gateway.local down
 
 logs: ## follow what it writes
-	@$(PYTHON) -m gateway.local logs
+	@$(NEEDS_PYTHON); $(PYTHON) -m gateway.local logs
 
 test: lint ## everything: lint, types, layers, and all tests with coverage
 	$(BIN)/pytest -n 2 --cov --cov-report=term --cov-fail-under=90 $(TESTS)
@@ -41,22 +41,26 @@ schema: .venv/.test ## rewrite sql/schema.sql after a new migration
 PYTHON = $(shell for name in $(BIN)/python python3 python3.11 python3.12 python3.13 python3.14; do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null && echo $$name && break; done)
 
+NEEDS_PYTHON = test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed."; exit 1; }
+
 # Debian keeps the part of Python that makes environments in a package of its own.
 .venv/bin/pip:
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed."; exit 1; }
+	@$(NEEDS_PYTHON)
 	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
 		test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
-		apt-get update -qq && apt-get install -qq -y --no-install-recommends python3-venv > /dev/null; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends python3-venv > /dev/null; \
 	} || { echo "$(PYTHON) cannot make environments: install its venv package (Debian: apt install python3-venv)."; exit 1; }
 	$(PYTHON) -m venv --clear .venv
 
 # Everything is installed by hash, the build backend too: without isolation pip takes it from the environment.
 .venv/.run: requirements.lock requirements-build.lock pyproject.toml | .venv/bin/pip
+	@echo "Installing the gateway's dependencies into .venv (half a minute, once)."
 	$(PIP) --require-hashes -r requirements.lock -r requirements-build.lock
 	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 .venv/.test: requirements-test.lock .venv/.run
+	@echo "Installing the tests' dependencies into .venv (half a minute, once)."
 	$(PIP) --require-hashes -r requirements-test.lock
 	@touch $@
 

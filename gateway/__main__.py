@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from gateway.stores.accounts import Account
     from gateway.stores.keys import KeyStore
-    from gateway.stores.usage import Figures
+    from gateway.stores.stats import Figures
 
 # The server's modules are imported by the commands that need them: `gateway --help` answers at once.
 
@@ -349,10 +349,10 @@ def _add_usage(commands: Commands) -> None:
 
 
 def _usage(arguments: argparse.Namespace, settings: Settings) -> int:
-    from gateway.stores.usage import Scope, UsageStore
+    from gateway.stores.stats import Scope, read_stats
 
     async def work(pool: "asyncpg.Pool", redis: "Redis") -> Rows:
-        stats = await UsageStore(pool).stats(Scope(None, arguments.since), arguments.group_by)
+        stats = await read_stats(pool, Scope(None, arguments.since), arguments.group_by)
         return [{arguments.group_by: group.name, **_figures(group)} for group in stats.groups]
 
     return _print(_with_database(settings, work), arguments.json)

@@ -104,5 +104,10 @@ class Catalogue:
             self._listed[provider.name] = [*dict.fromkeys([*provider.models, *listed])]
 
     def _publish(self) -> None:
-        """Names that may become metric labels: the providers' and the operator's, never a client's."""
-        self._on_models({*self.routes.aliases, *(name for names in self._listed.values() for name in names)})
+        """Names that may become metric labels, as they are asked for: the providers' and the operator's own alone."""
+        names = set(self.routes.aliases)
+        for provider, listed in self._listed.items():
+            for name in listed:
+                plain = name.removesuffix(":latest")  # Ollama answers for both
+                names |= {name, plain, f"{provider}/{name}", f"{provider}/{plain}"}
+        self._on_models(names)

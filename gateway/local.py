@@ -30,6 +30,7 @@ PID, LOG, LOGIN = STATE / "gateway.pid", STATE / "gateway.log", STATE / "dev.env
 _READY = 60.0  # seconds; a first start makes a database, Docker's first one also pulls and builds before this counts
 _STOP = 130.0  # seconds; open streams may go on for GATEWAY_DRAIN_TIMEOUT, by default 110
 _POLL = 0.05  # seconds
+_DEMO_MODEL = "mock-gpt?pace_ms=30"  # slow enough to see each token come
 _TIMEOUT = 30.0  # seconds for an answer
 
 
@@ -204,7 +205,8 @@ def _stop_process(running: _Running) -> None:
 def _docker_answers() -> bool:
     if not shutil.which("docker"):
         return False
-    asked = subprocess.run(["docker", "info"], capture_output=True, check=False)  # noqa: S607
+    # Needs both the daemon and the compose plugin, which `docker info` does not.
+    asked = subprocess.run(["docker", "compose", "ls"], capture_output=True, check=False)  # noqa: S607
     return asked.returncode == 0
 
 
@@ -289,9 +291,10 @@ GATEWAY_API_KEY={login.api_key}
 DEV_EMAIL={login.email}
 DEV_PASSWORD={login.password}
 """
+    if LOGIN.exists() and LOGIN.read_text() == text:
+        return
     LOGIN.touch(0o600)
-    if LOGIN.read_text() != text:
-        LOGIN.write_text(text)
+    LOGIN.write_text(text)
 
 
 # --- what is shown ------------------------------------------------------------------------------------------------
@@ -300,7 +303,7 @@ DEV_PASSWORD={login.password}
 def _show_stream(address: _Address, login: Login) -> None:
     """One completion of the built-in mock provider, each token printed when it comes."""
     question = {"role": "user", "content": "Hello! What are you?"}
-    body = {"model": "mock-gpt?pace_ms=30", "messages": [question], "stream": True}
+    body = {"model": _DEMO_MODEL, "messages": [question], "stream": True}
     connection, answer = _send(address, "POST", "/v1/chat/completions", body, login.api_key)
     if answer.status != 200:
         _say(f"No first stream: {_Answer(answer.status, answer.read()).message}")

@@ -211,10 +211,10 @@ def _address(name: str, row: ProviderRow, settings: Settings, own: ConfigFile) -
         raise SettingsError(f"{where}: an http or https address is required")
     if parts.username or parts.query or parts.fragment:
         raise SettingsError(f"{where}: no credentials, query or fragment in an address")
-    if row.dialect == "openai" and not parts.path:
-        url += "/v1"  # the address of an OpenAI-compatible server ends in /v1; a bare host is a slip
-    if row.dialect == "anthropic":
-        url = url.removesuffix("/v1")  # Anthropic's own SDK leaves it out; people write it all the same
+    if row.dialect == "openai":
+        url += "" if parts.path else "/v1"  # an OpenAI-compatible server's address ends in it; a bare host is a slip
+    else:
+        url = url.removesuffix("/v1")  # not a part of these addresses, but people write it all the same
     return Address(url, given=bool(given) or name in own.providers and not row.needs_key)
 
 

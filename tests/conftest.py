@@ -22,7 +22,7 @@ from aiohttp.abc import AbstractStreamWriter
 from redis.asyncio import Redis
 
 from gateway.embedded import Embedded
-from tests.support.stores import Databases
+from tests.support.stores import Databases, switch_off_fsync
 
 LAYERS = {"unit", "mock", "integration"}
 
@@ -76,6 +76,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     folder = tmp_path_factory.mktemp("servers")
     embedded = Embedded(folder, postgres=not database_url, redis=not redis_url)
     embedded.start()
+    if embedded.database_url:
+        switch_off_fsync(embedded.database_url)
     try:
         yield Servers(database_url or embedded.database_url, redis_url or embedded.redis_url)
     finally:
@@ -114,7 +116,7 @@ async def pool(database_url: str) -> AsyncIterator[asyncpg.Pool]:
 def redis_url(servers: Servers, worker_id: str) -> str:
     """An empty Redis database. Each xdist worker has its own, also on a shared server."""
     number = int(worker_id.removeprefix("gw") or 0) % 16 if worker_id != "master" else 0
-    url = f"{servers.redis_url}?db={number}"
+    url = f"{servers.redis_url}{'&' if '?' in servers.redis_url else '?'}db={number}"
     with redis_library.Redis.from_url(url) as client:
         client.flushdb()
     return url

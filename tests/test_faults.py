@@ -55,7 +55,8 @@ async def test_without_redis_the_local_limiter_takes_over_and_nothing_hangs(
     else:
         redis.stall()
     answers = [await status_of(gateway, key) for _ in range(8)]
-    assert [status for status, _, _ in answers] == [200] * 5 + [429] * 3
+    # The one that Redis had granted counts here too: the process knows what it let through.
+    assert [status for status, _, _ in answers] == [200] * 4 + [429] * 4
     slowest = max(seconds for _, seconds, _ in answers)
     print(f"redis {how}: slowest request {slowest * 1000:.0f} ms")
     assert slowest < 1.0

@@ -117,7 +117,7 @@ async def test_malformed_bodies_are_4xx_with_a_clear_message_and_reach_no_provid
                 assert set(error) == {"message", "type", "param", "code"}, name
                 assert error["type"] == "invalid_request_error", name
                 assert len(error["message"]) > 10, name
-    assert gateway.mock.received == []
+    assert gateway.calls == []
     assert await gateway.rows() == []
 
 
@@ -143,7 +143,7 @@ async def test_a_request_that_cannot_be_read_is_refused(
     ):
         assert response.status == status
         assert (await response.json())["error"]["type"] == "invalid_request_error"
-    assert gateway.mock.received == []
+    assert gateway.calls == []
 
 
 async def test_a_body_without_a_content_type_is_read_as_json(gateway: Gateway) -> None:
@@ -342,4 +342,4 @@ async def test_models_are_merged_over_providers_and_aliases_are_listed(
         async with client.post(f"{gateway.base_url}/chat/completions", json=chat_body("fast")) as response:
             assert response.status == 200
             assert response.headers["X-Gateway-Model"] == "mock-gpt"
-        assert json.loads(gateway.mock.received[-1].body)["model"] == "mock-gpt"
+        assert json.loads(gateway.calls[-1].body)["model"] == "mock-gpt"

@@ -98,6 +98,7 @@ def test_a_provider_is_on_when_it_has_a_key_or_an_address_of_its_own() -> None:
         ("anthropic", "http://h:1", "http://h:1"),
         ("anthropic", "http://h:1/v1", "http://h:1"),
         ("ollama", "http://h:1/", "http://h:1"),
+        ("ollama", "http://h:1/v1", "http://h:1"),
     ],
 )
 def test_addresses_are_taken_as_people_write_them(name: str, given: str, expected: str) -> None:

@@ -230,6 +230,8 @@ async def _read_fields(
 
 
 async def _read_body(request: web.Request) -> bytes:
+    if "Content-Type" in request.headers and request.content_type != "application/json":
+        raise UnsupportedMediaType("the Content-Type must be application/json")
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType("compressed request bodies are not taken: send it without Content-Encoding")
     if (request.content_length or 0) > MAX_BODY:

@@ -26,7 +26,7 @@ _FINISH: Mapping[Ending, str] = {
     "refused": "stop",
     "filtered": "content_filter",
 }
-_NOISE = "mNq3vRz8LkXw2TgY"  # what `obfuscation` holds: OpenAI evens out the size of its events with it
+_NOISE = b"mNq3vRz8LkXw2TgY"  # what `obfuscation` holds: OpenAI evens out the size of its events with it
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -113,20 +113,20 @@ def _stop(value: Any) -> tuple[str, ...]:
 
 
 def stream(ask: Ask, said: Answer) -> Wire:
-    content = None if said.calls else ""
-    role = {"role": "assistant", "content": content, "refusal": None}
+    events = _Events(ask, said)
+    role = {"role": "assistant", "content": None if said.calls else "", "refusal": None}
     finish = _finish(ask, said)
-    usage = _event(ask, said, [], _usage(said.counts)) if ask.wants_usage and said.counts else b""
+    copies = range(ask.copies)
     return Wire(
-        head=b"".join(_choice(ask, said, index, role) for index in range(ask.copies)),
-        deltas=tuple(_choice(ask, said, index, delta) for delta in _deltas(said) for index in range(ask.copies)),
-        tail=b"".join(_choice(ask, said, index, {}, finish) for index in range(ask.copies)) + usage,
+        head=b"".join(events.choice(index, role) for index in copies),
+        deltas=tuple(events.choice(index, delta) for delta in _deltas(said) for index in copies),
+        tail=b"".join(events.choice(index, {}, finish) for index in copies) + events.usage(said.counts),
         done=b"data: [DONE]\n\n",
     )
 
 
 def delta(ask: Ask, said: Answer, text: str) -> bytes:
-    return _choice(ask, said, 0, {"content": text})
+    return _Events(ask, said).choice(0, {"content": text})
 
 
 def _deltas(said: Answer) -> Iterator[dict[str, Any]]:
@@ -141,27 +141,37 @@ def _deltas(said: Answer) -> Iterator[dict[str, Any]]:
             yield {"tool_calls": [{"index": index, "function": {"arguments": piece}}]}
 
 
-def _choice(ask: Ask, said: Answer, index: int, delta: Mapping[str, Any], finish: str | None = None) -> bytes:
-    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
-    return _event(ask, said, [choice], None)
+class _Events:
+    """Writes the events of one stream. What they have in common is encoded once."""
 
+    def __init__(self, ask: Ask, said: Answer) -> None:
+        common = {
+            "id": f"chatcmpl-{said.id}",
+            "object": "chat.completion.chunk",
+            "created": CREATED,
+            "model": ask.model,
+            "service_tier": "default",
+            "system_fingerprint": "fp_mock",
+        }
+        self._common = orjson.dumps(common)[:-1]
+        self._wants_usage = ask.wants_usage
+        self._padded = ask.padded
 
-def _event(ask: Ask, said: Answer, choices: list[dict[str, Any]], usage: Mapping[str, Any] | None) -> bytes:
-    chunk = {
-        "id": f"chatcmpl-{said.id}",
-        "object": "chat.completion.chunk",
-        "created": CREATED,
-        "model": ask.model,
-        "service_tier": "default",
-        "system_fingerprint": "fp_mock",
-        "choices": choices,
-    }
-    if ask.wants_usage:
-        chunk["usage"] = usage
-    data = orjson.dumps(chunk)
-    if ask.padded:
-        data = data[:-1] + b',"obfuscation":"%s"}' % _NOISE[: 16 - len(data) % 16].encode()
-    return b"data: " + data + b"\n\n"
+    def choice(self, index: int, delta: Mapping[str, Any], finish: str | None = None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+        return self._event(orjson.dumps([choice]), b"null")
+
+    def usage(self, counts: Counts | None) -> bytes:
+        """The event that carries the counts, if it was asked for."""
+        return self._event(b"[]", orjson.dumps(_usage(counts))) if self._wants_usage and counts else b""
+
+    def _event(self, choices: bytes, usage: bytes) -> bytes:
+        data = b'%s,"choices":%s' % (self._common, choices)
+        if self._wants_usage:
+            data += b',"usage":' + usage
+        if self._padded:
+            data += b',"obfuscation":"%s"' % _NOISE[: 16 - len(data) % 16]
+        return b"data: %s}\n\n" % data
 
 
 def reply(ask: Ask, said: Answer) -> bytes:

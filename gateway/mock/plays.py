@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from gateway.mock.answers import Answer, Ask, answer
-from gateway.mock.formats import Format
+from gateway.mock.formats import Format, Wire
 
 EVENT_256K = 256 << 10  # bytes
 HUGE_EVENT = 2 << 20
@@ -74,7 +74,7 @@ _ENDINGS: dict[str, Ending] = {
 
 def _stream(form: Format, ask: Ask, said: Answer) -> Play:
     wire = form.stream(ask, said)
-    steps = [step for step in _steps(form, ask, said) if step]
+    steps = [step for step in _steps(form, ask, said, wire) if step]
     first = wire.head + (steps[0] if steps else b"")
     frames = tuple(frame for frame in (first, *steps[1:]) if frame)
     repeated = form.delta(ask, said, " and on")
@@ -86,9 +86,9 @@ def _stream(form: Format, ask: Ask, said: Answer) -> Play:
     return Play(form.STREAM_TYPE, frames, ending, repeated=repeated if ending == "endless" else b"")
 
 
-def _steps(form: Format, ask: Ask, said: Answer) -> Iterator[bytes]:
+def _steps(form: Format, ask: Ask, said: Answer, wire: Wire) -> Iterator[bytes]:
     """What is sent after the head, one item a beat."""
-    wire, fault = form.stream(ask, said), ask.script.fault
+    fault = ask.script.fault
     before, rest = wire.deltas[: ask.script.after], wire.deltas[ask.script.after :]
     yield from before
     match fault:

@@ -244,10 +244,9 @@ def _tools(name: str, value: Any) -> None:
         function = tool.get("function")
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             _refuse(f"{where}.function.name", "a non-empty string is required")
-        if not isinstance(function.get("parameters") or {}, dict):
-            _refuse(f"{where}.function.parameters", "an object is required")
-        if not isinstance(function.get("description") or "", str):
-            _refuse(f"{where}.function.description", "a string is required")
+        for field, kind, words in (("parameters", dict, "an object"), ("description", str, "a string")):
+            if function.get(field) is not None and not isinstance(function[field], kind):
+                _refuse(f"{where}.function.{field}", f"{words} is required")
 
 
 def _tool_choice(name: str, value: Any) -> None:
@@ -267,7 +266,7 @@ def _response_format(name: str, value: Any) -> None:
         _refuse(name, "an object with a type is required")
     if value["type"] == "json_schema":
         schema = value.get("json_schema")
-        if not isinstance(schema, dict) or not isinstance(schema.get("schema") or {}, dict):
+        if not isinstance(schema, dict) or not isinstance(schema.get("schema", {}), dict):
             _refuse(f"{name}.json_schema", "an object with a schema is required")
 
 

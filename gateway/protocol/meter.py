@@ -5,6 +5,7 @@ usual figure for English in OpenAI's vocabularies (https://platform.openai.com/t
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from gateway.protocol.usage import Usage
 
@@ -18,10 +19,11 @@ def estimate_tokens(byte_count: int) -> int:
 class Meter:
     """The count of one exchange. One writer: the relay."""
 
-    __slots__ = ("_prompt", "bytes_out", "finish_reason", "usage")
+    __slots__ = ("_prompt", "_prompt_tokens", "bytes_out", "finish_reason", "usage")
 
     def __init__(self, prompt: Iterable[str]) -> None:
-        self._prompt = prompt  # read only when the provider gives no count
+        self._prompt = prompt  # read once, and only when the provider gives no count
+        self._prompt_tokens: int | None = None  # estimated
         self.bytes_out = 0  # UTF-8 bytes of text that the model generated
         self.usage: Usage | None = None  # the provider's, last one wins
         self.finish_reason: str | None = None
@@ -49,17 +51,12 @@ class Meter:
         usage = self.usage
         if usage is not None and usage.prompt_tokens is not None and usage.completion_tokens is not None:
             return usage, "provider"
-        prompt = usage.prompt_tokens if usage is not None else None
-        if prompt is None:
-            prompt = estimate_tokens(sum(len(text.encode("utf-8", "surrogatepass")) for text in self._prompt))
         usage = usage or Usage()
-        return (
-            Usage(
-                prompt,
-                self.completion_tokens,
-                usage.cached_tokens,
-                usage.cache_write_tokens,
-                usage.reasoning_tokens,
-            ),
-            "estimated",
-        )
+        prompt = self._estimate_prompt() if usage.prompt_tokens is None else usage.prompt_tokens
+        return replace(usage, prompt_tokens=prompt, completion_tokens=self.completion_tokens), "estimated"
+
+    def _estimate_prompt(self) -> int:
+        if self._prompt_tokens is None:
+            size = sum(len(text.encode("utf-8", "surrogatepass")) for text in self._prompt)
+            self._prompt_tokens = estimate_tokens(size)
+        return self._prompt_tokens

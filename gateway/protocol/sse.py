@@ -25,7 +25,7 @@ class Event(NamedTuple):
     raw: bytes  # the event's own bytes, its blank line included
     data: bytes | None  # data lines joined by \n; None when it has none (comments, a bare `event:`)
     name: str = ""  # the `event:` field
-    plain: bool = True  # only comments and `data`, `event` fields: safe to pass on verbatim
+    plain: bool = True  # comments, `data` and `event` in UTF-8, and no more: safe to pass on verbatim once its data is
     stray: bytes | None = None  # value of llama.cpp's non-standard `error:` field
 
 
@@ -97,19 +97,28 @@ def decode_event(raw: bytes) -> Event:
     lines: list[bytes] = []
     name, plain, stray = "", True, None
     for line in raw.splitlines():  # of bytes, and so by \n, \r\n and \r alone
-        if not line or line.startswith(b":"):
-            continue
         field, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
         if field == b"data":
             lines.append(value)
-        elif field == b"event":
+            continue
+        if field == b"event":
             name = value.decode("utf-8", "replace")
-        else:
+        elif field:  # all else but a comment
             plain = False
             if field == b"error":
                 stray = value
+        plain = plain and _is_utf8(line)
     return Event(raw, b"\n".join(lines) if lines else None, name, plain, stray)
+
+
+def _is_utf8(line: bytes) -> bool:
+    """The SDKs decode comments and names as well, and stop at the first that is not UTF-8."""
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def data_event(data: bytes) -> bytes:

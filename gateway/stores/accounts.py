@@ -99,7 +99,8 @@ class AccountStore:
 def normal_email(email: str) -> str:
     """Lower case, without spaces around. ASCII only: two spellings of one address would be two accounts."""
     normal = email.strip().lower()
-    if len(normal) > MAX_EMAIL or not _EMAIL.fullmatch(normal):
+    # The Kelvin sign's lower case is a plain k: what is ASCII now must have been before.
+    if len(normal) > MAX_EMAIL or not email.isascii() or not _EMAIL.fullmatch(normal):
         raise InvalidRequest(f"invalid email: an address of at most {MAX_EMAIL} ASCII characters", param="email")
     return normal
 

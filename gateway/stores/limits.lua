@@ -1,5 +1,10 @@
+#!lua
 -- Admits requests, renews and gives back their leases: one call for any number of operations, done in their order.
 -- A request is recorded against all of its limits or against none.
+--
+-- The first line makes the server look before it starts whether it may write and has memory left; without it a script
+-- that begins by removing something is let through. It takes Redis 7 or Valkey.
+-- https://redis.io/docs/latest/develop/programmability/lua-api/#script_flags
 --
 -- ARGV[1], [2], [3]  window, µs; lease, µs; requests a window of all keys together (0: no limit)
 -- ARGV[4]            a line for each operation, five words: "admit", "renew" or "release"; key id; exchange id; the

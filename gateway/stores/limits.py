@@ -50,10 +50,11 @@ def connect_redis(url: str) -> Redis:
     """A client that never makes a request wait: redis-py's defaults retry for seconds and hang on a stalled server.
 
     RESP2, because RESP3 makes a new connection cost one more round trip and stops redis-py from looking whether an
-    idle one is still open. Whoever calls this closes it.
+    idle one is still open. The limiter's own time-out is shorter than the client's, and knows when the loop was held
+    up. Whoever calls this closes it.
     """
     client: Redis = Redis.from_url(
-        url, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=0.25, socket_connect_timeout=TIMEOUT
+        url, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=1.0, socket_connect_timeout=TIMEOUT
     )
     return client
 
@@ -331,8 +332,10 @@ class Limiter:
                 continue
             self._renew_leases()
             self._grants.forget_idle(self._clock())
+            # Not `wait_for`: before Python 3.12 it swallows a cancellation that comes together with the event.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._lost.wait(), self._lease / 3)
+                async with asyncio.timeout(self._lease / 3):
+                    await self._lost.wait()
 
     async def close(self) -> None:
         """Gives back all that is still held, and returns when Redis was told, if it is there."""

@@ -1,9 +1,8 @@
-"""The usage table: one row for every request that reached a provider, and the figures that are read from it.
+"""The usage table: one row for every request that reached a provider.
 
 Rule 1: `record` is called where nothing may wait or fail, so it only queues. A task (`run`) writes batches.
 Rule 2: a row leaves the queue when it is in the database, or when the database refused that very row. Writing a row
 twice does no harm: its request id is the key.
-Rule 3: every question about usage names its tenant as a parameter of the SQL (`Scope.account_id`).
 """
 
 import asyncio
@@ -12,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from itertools import islice
 from operator import attrgetter
 from time import monotonic
@@ -20,7 +19,7 @@ from time import monotonic
 import asyncpg
 
 from gateway.exchange import Exchange
-from gateway.stores.postgres import Connection, Pool, connection
+from gateway.stores.postgres import Pool
 
 log = logging.getLogger("gateway.stores.usage")
 
@@ -30,10 +29,6 @@ PATIENCE = 5.0  # seconds for a connection, and for an INSERT; nobody waits for 
 RETRY_FIRST, RETRY_LAST = 0.1, 5.0  # seconds between attempts while the database is gone
 MAX_QUEUE = 100_000  # rows, about 100 MB
 DROPS_LOGGED_EVERY = 60.0  # seconds
-
-QUERY_TIMEOUT = 5.0  # seconds for one statement of a question
-MAX_GROUPS = 1000
-TOP_MODELS = 10
 
 MAX_TEXT = 256  # characters of any text column; the gateway's own checks stop at this or earlier
 # Far beyond any exchange, and nine million of them still add up within bigint: a provider's nonsense cannot make the
@@ -131,60 +126,6 @@ def _milliseconds(seconds: float) -> int:
     return _clamp(round(seconds * 1000), MAX_MS)
 
 
-# --- questions ----------------------------------------------------------------------------------------------------
-
-RANGES = {
-    "1h": timedelta(hours=1),
-    "24h": timedelta(hours=24),
-    "7d": timedelta(days=7),
-    "30d": timedelta(days=30),
-    "all": timedelta(days=36_500),
-}
-GROUP_BY = ("user", "app", "model", "provider", "key")
-
-
-@dataclass(frozen=True, slots=True)
-class Scope:
-    """Which rows a question is about. `account_id` is the asker's own, from the credential; None: all (an admin)."""
-
-    account_id: str | None
-    range: str = "all"  # one of RANGES, back from now
-    user: str | None = None
-    app: str | None = None
-    model: str | None = None  # the name that clients asked for
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    name: str = ""  # of the group
-    requests: int = 0
-    errors: int = 0  # ended neither well nor by the client's leaving
-    client_aborts: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    average_latency_ms: float | None = None
-    average_ttft_ms: float | None = None
-
-    @property
-    def total_tokens(self) -> int:
-        return self.prompt_tokens + self.completion_tokens
-
-    @property
-    def error_rate(self) -> float:
-        return self.errors / self.requests if self.requests else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    as_of: datetime  # the database's clock; all figures are of this one moment
-    totals: Figures
-    last_hour: Figures
-    top_models: list[Figures]
-    groups: list[Figures]  # at most MAX_GROUPS, busiest first
-    more_groups: bool
-
-
 # --- the store ----------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +134,7 @@ class RowError(Exception):
 
 
 class UsageStore:
-    """Queue, writer and reader of table `usage`. `run` is a task of the application's; `close` comes before it ends.
+    """Queue and writer of table `usage`. `run` is a task of the application's; `close` comes before it ends.
 
     `on_rows(result, count)` hears of every recorded row once: written, failed (the database refused it) or dropped (no
     room). `on_error()` hears of every attempt that failed. Neither may raise.
@@ -321,40 +262,6 @@ class UsageStore:
         if not self._queue:
             self._some.clear()
 
-    # --- questions ------------------------------------------------------------------------------------------------
-
-    async def stats(self, scope: Scope, group_by: str | None = None) -> Stats:
-        """Figures of the rows in `scope`, grouped by one of GROUP_BY. Rows still queued are in none of them.
-
-        Raises Unavailable.
-        """
-        hour = Scope(scope.account_id, "1h", scope.user, scope.app, scope.model)
-        async with (
-            connection(self._pool) as reader,
-            reader.transaction(isolation="repeatable_read", readonly=True),
-        ):
-            as_of = await reader.fetchval("select now()", timeout=QUERY_TIMEOUT)
-            totals = await _figures(reader, scope, "", 1)
-            last_hour = await _figures(reader, hour, "", 1)
-            top_models = await _figures(reader, scope, "model", TOP_MODELS)
-            groups = await _figures(reader, scope, group_by, MAX_GROUPS + 1) if group_by else []
-        return Stats(
-            as_of=as_of,
-            totals=totals[0] if totals else Figures(),
-            last_hour=last_hour[0] if last_hour else Figures(),
-            top_models=top_models,
-            groups=groups[:MAX_GROUPS],
-            more_groups=len(groups) > MAX_GROUPS,
-        )
-
-    async def rows(self, scope: Scope, cursor: str | None, limit: int) -> list[UsageRow]:
-        """At most `limit` rows in `scope`, newest first; `cursor` is the request id that the page before ended with.
-
-        Raises Unavailable.
-        """
-        async with connection(self._pool) as reader:
-            return await _rows(reader, scope, cursor, limit)
-
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:
     with suppress(TimeoutError):
@@ -408,68 +315,3 @@ def _refusals() -> Iterator[None]:
         ValueError,  # asyncpg could not encode an argument
     ) as error:
         raise RowError(type(error).__name__) from None
-
-
-_FIGURES = """
-select
-    case $6::text
-        when 'user' then user_id
-        when 'app' then app_id
-        when 'model' then model
-        when 'provider' then provider
-        when 'key' then key_id
-        else ''
-    end as name,
-    count(*) as requests,
-    count(*) filter (where outcome not in ('ok', 'client_abort')) as errors,
-    count(*) filter (where outcome = 'client_abort') as client_aborts,
-    sum(prompt_tokens)::bigint as prompt_tokens,
-    sum(completion_tokens)::bigint as completion_tokens,
-    sum(cached_tokens)::bigint as cached_tokens,
-    avg(latency_ms)::float8 as average_latency_ms,
-    avg(ttft_ms)::float8 as average_ttft_ms
-from usage
-where ($1::uuid is null or account_id = $1)
-  and started_at >= now() - $2::interval
-  and ($3::text is null or user_id = $3)
-  and ($4::text is null or app_id = $4)
-  and ($5::text is null or model = $5)
-group by name
-order by requests desc, name
-limit $7
-"""
-
-
-async def _figures(reader: Connection, scope: Scope, group_by: str, limit: int) -> list[Figures]:
-    """The groups of `scope`, busiest first; one of everything when `group_by` is empty."""
-    rows = await reader.fetch(_FIGURES, *_parameters(scope), group_by, limit, timeout=QUERY_TIMEOUT)
-    return [Figures(*row) for row in rows]
-
-
-# A request id begins with its time (UUIDv7), so its order is that of arrival and its index pages through it.
-_ROWS = """
-select
-    request_id::text, started_at, key_id, account_id::text, user_id, app_id, client_request_id, provider, model,
-    upstream_model, stream, status, outcome, error_code, finish_reason,
-    prompt_tokens, completion_tokens, cached_tokens, cache_write_tokens, reasoning_tokens, usage_source,
-    latency_ms, ttft_ms
-from usage
-where ($1::uuid is null or account_id = $1)
-  and started_at >= now() - $2::interval
-  and ($3::text is null or user_id = $3)
-  and ($4::text is null or app_id = $4)
-  and ($5::text is null or model = $5)
-  and ($6::uuid is null or request_id < $6)
-order by request_id desc
-limit $7
-"""
-
-
-async def _rows(reader: Connection, scope: Scope, cursor: str | None, limit: int) -> list[UsageRow]:
-    rows = await reader.fetch(_ROWS, *_parameters(scope), cursor, limit, timeout=QUERY_TIMEOUT)
-    return [UsageRow(*row) for row in rows]
-
-
-def _parameters(scope: Scope) -> tuple[str | None, timedelta, str | None, str | None, str | None]:
-    """$1 to $5 of both questions."""
-    return scope.account_id, RANGES[scope.range], scope.user, scope.app, scope.model

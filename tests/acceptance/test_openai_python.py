@@ -164,7 +164,7 @@ async def test_an_image_reaches_the_provider(gateway: Gateway, dialect: str) -> 
             model=MODELS[dialect], messages=[{"role": "user", "content": content}]
         )
     assert "1 image" in (answer.choices[0].message.content or "")
-    assert PNG.split(",")[1] in gateway.mock.received[-1].body.decode()
+    assert PNG.split(",")[1] in gateway.calls[-1].body.decode()
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -228,7 +228,7 @@ async def test_breaking_off_early_closes_the_provider(gateway: Gateway, dialect:
                 async for _ in stream:
                     break
     deadline = monotonic() + 1
-    while gateway.mock.received[-1].client_gone_at is None:
+    while gateway.calls[-1].client_gone_at is None:
         assert monotonic() < deadline, "the provider's connection was not closed within 1 s"
         await asyncio.sleep(0.01)
     [row] = await gateway.rows()

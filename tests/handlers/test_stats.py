@@ -12,7 +12,7 @@ from aiohttp import ClientResponse, web
 from aiohttp.test_utils import TestClient, TestServer
 from aiohttp.typedefs import Handler
 
-from gateway.appkeys import KEYS, USAGE
+from gateway.appkeys import KEYS, POOL, USAGE
 from gateway.exchange import new_id
 from gateway.handlers.stats import routes
 from gateway.protocol.errors import GatewayError
@@ -76,6 +76,7 @@ async def world(pool: asyncpg.Pool) -> AsyncIterator[World]:
         return Person(key.token, key.id, account_id)
 
     app = web.Application(middlewares=[errors])
+    app[POOL] = pool
     app[KEYS] = keys
     app[USAGE] = store = UsageStore(pool)
     app.add_routes(routes())

@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+
 import pytest
 
 from gateway.protocol.meter import Meter, estimate_tokens
@@ -71,9 +73,10 @@ def test_a_completion_that_the_provider_did_not_count_is_estimated_and_the_promp
 
 
 def test_the_prompt_is_not_read_when_the_provider_counted() -> None:
-    def prompt() -> list[str]:
+    def prompt() -> Iterator[str]:
         raise AssertionError("was read")
+        yield ""
 
-    meter = Meter(iter(prompt, None))
+    meter = Meter(prompt())
     meter.see("", Usage(1, 1), None)
     assert meter.result() == (Usage(1, 1), "provider")

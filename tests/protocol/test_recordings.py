@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 import pytest
 
-from gateway.protocol.chat import Call, prompt_text
+from gateway.protocol.chat import Call, edit_object, parse_chat, prompt_text
 from gateway.protocol.dialects import DIALECTS
 from gateway.protocol.errors import GatewayError, ProviderAuth, UpstreamRejected
 from gateway.protocol.meter import Meter
@@ -51,10 +51,14 @@ class Recording:
         return make_call(self.dialect, {"stream": self.stream, **options})
 
 
+def index() -> list[dict[str, Any]]:
+    path = RECORDINGS / "index.json"
+    rows: list[dict[str, Any]] = orjson.loads(path.read_bytes())["bodies"] if path.exists() else []
+    return rows
+
+
 def recordings() -> Iterator[Recording]:
-    index = RECORDINGS / "index.json"
-    rows = orjson.loads(index.read_bytes())["bodies"] if index.exists() else []
-    for row in rows:
+    for row in index():
         if row["fidelity"] == "raw" and row["kind"] in DIALECT_OF:
             body = (RECORDINGS / row["file"]).read_bytes()
             yield Recording(row["file"], DIALECT_OF[row["kind"]], row["provider"], row["status"], row["stream"], body)
@@ -69,7 +73,7 @@ def test_every_recording_means_what_its_provider_meant(capsys: pytest.CaptureFix
         except Exception as error:  # any failure of any recording is reported, with its file
             failures.append(f"{recording.file}: {type(error).__name__}: {error}")
     with capsys.disabled():
-        print(f"\nrecordings: {ran} ran" if ran else "\nrecordings: not present, 0 ran", end=" ")  # noqa: T201
+        print(f"\nrecordings: {ran} ran" if ran else "\nrecordings: not present, 0 ran", end=" ")
     assert not failures, "\n".join(failures)
     assert ran or load_cases()
 
@@ -82,6 +86,21 @@ def check(recording: Recording) -> None:
         check_stream(recording, wants_usage=True)
     else:
         check_reply(recording)
+
+
+def test_every_recorded_request_is_accepted_and_edited_in_place() -> None:
+    for body in requests():
+        changes = {"model": "another", "stream_options": {"include_usage": True}}
+        assert orjson.loads(edit_object(parse_chat(body).body, changes)) == {**orjson.loads(body), **changes}
+
+
+def requests() -> Iterator[bytes]:
+    """What real clients sent to OpenAI-compatible servers, and what our own streams were asked with."""
+    for row in index():
+        if row["kind"] == "chat" and row.get("request_file"):
+            yield (RECORDINGS / row["request_file"]).read_bytes()
+    for case in load_cases():
+        yield case.call().chat.body
 
 
 # --- streams ------------------------------------------------------------------------------------------------------

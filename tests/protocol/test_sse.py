@@ -150,6 +150,9 @@ def test_an_event_is_plain_when_it_may_be_passed_on_as_it_is() -> None:
     assert not decode_event(b"id: 1\ndata: 1\n\n").plain
     assert not decode_event(b"retry: 1\n\n").plain
     assert not decode_event(b"anything\ndata: 1\n\n").plain
+    assert not decode_event(b": \xff\ndata: 1\n\n").plain
+    assert not decode_event(b"event: \xff\ndata: 1\n\n").plain
+    assert decode_event(": ü\nevent: ü\ndata: 1\n\n".encode()).plain
 
 
 def test_the_field_named_error_is_kept() -> None:

@@ -32,6 +32,8 @@ def test_counts_that_the_provider_left_out_are_shown_as_zero_and_kept_as_unknown
     assert usage.prompt_tokens is None
     assert usage.to_openai()["prompt_tokens"] == 0
     assert usage.to_openai()["total_tokens"] == 7
+    assert Usage(7, None).to_openai()["completion_tokens"] == 0
+    assert Usage(7, None).total_tokens == 7
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,10 @@ def test_what_holds_no_count_is_no_usage(nothing: Any) -> None:
 @pytest.mark.parametrize("nonsense", [None, "12", True, -1, 2**64, float("inf"), float("nan"), [], {}])
 def test_a_count_that_cannot_be_one_is_unknown(nonsense: Any) -> None:
     assert Usage.from_openai({"prompt_tokens": nonsense, "completion_tokens": 2}) == Usage(None, 2)
+
+
+def test_zero_is_a_count() -> None:
+    assert Usage.from_openai({"prompt_tokens": 0, "completion_tokens": 0}) == Usage(0, 0)
 
 
 def test_counts_sent_as_floats_are_counts() -> None:
@@ -89,6 +95,11 @@ def test_audio_beside_the_prompt_is_added_to_it() -> None:
     """Mistral counts what it heard outside `prompt_tokens`."""
     said = {"prompt_tokens": 9, "completion_tokens": 201, "total_tokens": 585}
     assert Usage.from_openai({**said, "prompt_tokens_details": {"audio_tokens": 375}}) == Usage(384, 201)
+
+
+def test_a_total_without_its_parts_makes_none_up() -> None:
+    assert Usage.from_openai({"prompt_tokens": 5, "completion_tokens": None, "total_tokens": 9}) == Usage(5, None)
+    assert Usage.from_openai({"prompt_tokens": None, "completion_tokens": 4, "total_tokens": 9}) == Usage(None, 4)
 
 
 @pytest.mark.parametrize("total", [None, 0, 21, 30, 1000])

@@ -107,35 +107,34 @@ async def test_a_password_is_stored_as_argon2id_of_the_librarys_default(
     assert PASSWORD not in " ".join(str(value) for value in row.values())
 
 
-@pytest.mark.parametrize(
-    "email",
-    [
-        "",
-        "@",
-        "ada",
-        "ada@",
-        "@example.com",
-        "a b@example.com",
-        "ada@example..com",
-        "ada@-example.com",
-        "ada@exam_ple.com",
-        "two@at@example.com",
-        "nul\0@example.com",
-        "\ud800@example.com",
-        "ada@example.com\nBcc: all@example.com",
-        "adä@example.com",
-        "ada@exаmple.com",  # the second a is Cyrillic
-        "K@example.com",  # the Kelvin sign, whose lower case is a plain k
-        "a" * 243 + "@example.com",
-    ],
-)
-async def test_what_is_no_email_is_refused_before_anything_else(email: str, pool: asyncpg.Pool) -> None:
+NO_EMAILS = [
+    "",
+    "@",
+    "ada",
+    "ada@",
+    "@example.com",
+    "a b@example.com",
+    "ada@example..com",
+    "ada@-example.com",
+    "ada@exam_ple.com",
+    "two@at@example.com",
+    "nul\0@example.com",
+    "\ud800@example.com",
+    "ada@example.com\nBcc: all@example.com",
+    "ad\u00e4@example.com",
+    "ada@ex\u0430mple.com",  # a Cyrillic a
+    "\u212a@example.com",  # the Kelvin sign, whose lower case is a plain k
+    "a" * 243 + "@example.com",
+]
+
+
+async def test_what_is_no_email_is_refused_before_anything_else(store: AccountStore, pool: asyncpg.Pool) -> None:
     await pool.close()
-    store = AccountStore(pool)
-    for answer in (store.register(email, PASSWORD, registration="open"), store.login(email, PASSWORD)):
-        error = await refusal(answer)
-        assert isinstance(error, InvalidRequest)
-        assert error.param == "email"
+    refused = []
+    for email in NO_EMAILS:
+        refused.append(await refusal(store.register(email, PASSWORD, registration="open")))
+        refused.append(await refusal(store.login(email, PASSWORD)))
+    assert {(type(error), error.param) for error in refused} == {(InvalidRequest, "email")}
 
 
 @pytest.mark.parametrize(

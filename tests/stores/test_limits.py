@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,15 @@ async def until(claim: Callable[[], Awaitable[bool] | bool], seconds: float = 10
             return time.monotonic() - started
         assert time.monotonic() - started < seconds, f"not true after {seconds} s"
         await asyncio.sleep(0.005)
+
+
+async def command(redis: Any, words: str) -> Any:
+    """For what redis-py types loosely, or not at all."""
+    return await redis.execute_command(*words.split())
+
+
+async def members(redis: Redis, name: str) -> list[str]:
+    return [member.decode() for member in await command(redis, f"ZRANGE {name} 0 -1")]
 
 
 class Server:
@@ -127,7 +137,7 @@ async def test_at_the_limit_exactly_the_limit_passes_through_two_limiters(redis_
     who = principal(requests_per_minute=50)
     async with limiter(redis_url) as one, limiter(redis_url) as other:
         racing = [limiter.admit(who, new_id()) for _ in range(100) for limiter in (one, other)]
-        assert 50 == granted(await asyncio.gather(*racing))
+        assert granted(await asyncio.gather(*racing)) == 50
 
 
 PROCESS = """
@@ -203,22 +213,22 @@ async def line(process: asyncio.subprocess.Process) -> bytes:
 
 async def test_at_the_limit_exactly_the_limit_passes_through_two_processes(redis_url: str) -> None:
     async with processes(redis_url, "race", 50, 2) as running:
-        assert 50 == sum([int(await line(process)) for process in running])
+        assert sum([int(await line(process)) for process in running]) == 50
 
 
 async def test_the_window_slides(redis_url: str, redis: Redis) -> None:
     """A fixed window would begin again as a whole, and let the limit pass twice around its edge."""
     who = principal(requests_per_minute=3)
     async with limiter(redis_url) as first:
-        assert 3 == granted(await admit(first, who, 3))
-    old, middle, _ = await redis.zrange(REQUESTS, 0, -1)
+        assert granted(await admit(first, who, 3)) == 3
+    old, middle, _ = await members(redis, REQUESTS)
     await redis.zincrby(REQUESTS, -60e6, old)
     await redis.zincrby(REQUESTS, -40e6, middle)
     async with limiter(redis_url) as second:
-        assert [True, False, False] == [admission.granted for admission in await admit(second, who, 3)]
+        assert [admission.granted for admission in await admit(second, who, 3)] == [True, False, False]
     async with limiter(redis_url) as third:
         refusal = await third.admit(who, new_id())
-    assert 20 == refusal.retry_after  # then the middle one leaves
+    assert refusal.retry_after == 20  # then the middle one leaves
     assert 59 < refusal.reset_after <= 60  # then the last one does
 
 
@@ -226,7 +236,7 @@ async def test_a_request_leaves_the_window_after_its_length_and_not_before(redis
     who = principal(requests_per_minute=1)
     async with limiter(redis_url, window=0.5) as limiter_:
         started = time.monotonic()
-        assert 1 == granted(await admit(limiter_, who, 1))
+        assert granted(await admit(limiter_, who, 1)) == 1
         answered = time.monotonic()
 
         async def passes() -> bool:
@@ -240,36 +250,36 @@ async def test_a_request_leaves_the_window_after_its_length_and_not_before(redis
 async def test_a_refused_request_records_nothing(redis_url: str, redis: Redis) -> None:
     who = principal(requests_per_minute=10, concurrent_requests=1)
     async with limiter(redis_url, global_per_minute=10) as one, limiter(redis_url, global_per_minute=10) as other:
-        assert 1 == granted(await admit(one, who, 1))
-        assert 0 == granted(await admit(other, who, 5))
-        assert [1, 1, 1] == [await redis.zcard(name) for name in (REQUESTS, LEASES, ALL)]
+        assert granted(await admit(one, who, 1)) == 1
+        assert granted(await admit(other, who, 5)) == 0
+        assert [await redis.zcard(name) for name in (REQUESTS, LEASES, ALL)] == [1, 1, 1]
 
 
 async def test_an_answer_says_how_much_is_left_and_when_to_come_back(redis_url: str) -> None:
     who = principal(requests_per_minute=2)
     async with limiter(redis_url) as one, limiter(redis_url) as other:
         first, second = await one.admit(who, new_id()), await other.admit(who, new_id())
-        assert (True, "", 2, 1, 0) == (first.granted, first.reason, first.limit, first.remaining, first.retry_after)
-        assert (True, "", 2, 0, 60.0) == (second.granted, second.reason, 2, second.remaining, second.reset_after)
+        assert (first.granted, first.reason, first.limit, first.remaining, first.retry_after) == (True, "", 2, 1, 0)
+        assert (second.granted, second.reason, 2, second.remaining, second.reset_after) == (True, "", 2, 0, 60.0)
         for limiter_ in (one, other):
             third = await limiter_.admit(who, new_id())
-            assert (False, "requests_per_minute", 2, 0, False) == (*third[:4], third.local)
+            assert (*third[:4], third.local) == (False, "requests_per_minute", 2, 0, False)
             assert 59 <= third.retry_after <= 60
             assert 59 < third.reset_after <= 60
 
 
 async def test_a_limit_that_was_lowered_counts_what_passed_before(redis_url: str) -> None:
     async with limiter(redis_url) as one, limiter(redis_url) as other:
-        assert 5 == granted(await admit(one, principal(requests_per_minute=5), 5))
-        assert 0 == granted(await admit(one, principal(requests_per_minute=3), 1))
-        assert 0 == granted(await admit(other, principal(requests_per_minute=3), 1))
-        assert 1 == granted(await admit(other, principal(requests_per_minute=6), 2))
+        assert granted(await admit(one, principal(requests_per_minute=5), 5)) == 5
+        assert granted(await admit(one, principal(requests_per_minute=3), 1)) == 0
+        assert granted(await admit(other, principal(requests_per_minute=3), 1)) == 0
+        assert granted(await admit(other, principal(requests_per_minute=6), 2)) == 1
 
 
 async def test_keys_do_not_share_their_limits(redis_url: str) -> None:
     async with limiter(redis_url) as limiter_:
         for key_id in ("a", "b"):
-            assert 2 == granted(await admit(limiter_, principal(requests_per_minute=2, key_id=key_id), 3))
+            assert granted(await admit(limiter_, principal(requests_per_minute=2, key_id=key_id), 3)) == 2
 
 
 async def test_a_key_far_over_its_limit_costs_no_round_trip(server: Server) -> None:
@@ -277,8 +287,8 @@ async def test_a_key_far_over_its_limit_costs_no_round_trip(server: Server) -> N
     async with limiter(server.url) as limiter_, connect_redis(server.url) as redis:
         await admit(limiter_, who, 3)
         await redis.config_resetstat()
-        assert 0 == granted(await admit(limiter_, who, 100))
-        assert 0 == await calls(redis)
+        assert granted(await admit(limiter_, who, 100)) == 0
+        assert await calls(redis) == 0
 
 
 async def test_what_redis_keeps_ends_by_itself(redis_url: str, redis: Redis) -> None:
@@ -294,7 +304,7 @@ async def test_a_redis_whose_clock_was_set_back_locks_nobody_out(redis_url: str,
     await redis.zadd(REQUESTS, {"earlier": an_hour_ahead})
     await redis.zadd(LEASES, {"earlier": an_hour_ahead})
     async with limiter(redis_url) as limiter_:
-        assert 1 == granted(await admit(limiter_, who, 1))
+        assert granted(await admit(limiter_, who, 1)) == 1
 
 
 # --- all keys together, and none ----------------------------------------------------------------------------------
@@ -305,7 +315,7 @@ async def test_the_global_limit_counts_all_keys(redis_url: str) -> None:
     async with limiter(redis_url, global_per_minute=5) as one, limiter(redis_url, global_per_minute=5) as other:
         racing = [limiter.admit(who, new_id()) for who in keys for _ in range(4) for limiter in (one, other)]
         answers = await asyncio.gather(*racing)
-    assert 5 == granted(answers)
+    assert granted(answers) == 5
     refusals = [answer for answer in answers if not answer.granted]
     assert {("global_requests_per_minute", 5)} == {(refusal.reason, refusal.limit) for refusal in refusals}
     assert {60} == {refusal.retry_after for refusal in refusals}
@@ -315,17 +325,17 @@ async def test_a_limit_of_zero_is_no_limit_and_asks_nobody(server: Server) -> No
     server.signal(signal.SIGSTOP)
     async with connect_redis(server.url) as redis:
         limiter_ = Limiter(redis, on_redis_down="closed")
-        assert [UNLIMITED] * 200 == await admit(limiter_, principal(), 200)
+        assert await admit(limiter_, principal(), 200) == [UNLIMITED] * 200
         limiter_.release(principal(), new_id())
-        assert "redis" == limiter_.state
+        assert limiter_.state == "redis"
 
 
 async def test_one_limit_of_zero_leaves_the_other_in_force(redis_url: str) -> None:
     async with limiter(redis_url) as limiter_:
         slots = await admit(limiter_, principal(concurrent_requests=2, key_id="slots"), 3)
-        assert ["", "", "concurrent_requests"] == [admission.reason for admission in slots]
+        assert [admission.reason for admission in slots] == ["", "", "concurrent_requests"]
         rates = await admit(limiter_, principal(requests_per_minute=2, key_id="rates"), 3)
-        assert ["", "", "requests_per_minute"] == [admission.reason for admission in rates]
+        assert [admission.reason for admission in rates] == ["", "", "requests_per_minute"]
 
 
 # --- concurrent requests ------------------------------------------------------------------------------------------
@@ -366,24 +376,28 @@ async def test_two_processes_never_hold_more_slots_than_there_are(redis_url: str
 async def test_a_killed_process_frees_its_slots_when_its_leases_end(redis_url: str, redis: Redis) -> None:
     who = principal(concurrent_requests=3)
     async with processes(redis_url, "die", 3, 1) as running, limiter(redis_url) as survivor:
-        assert b"[True, True, True]\n" == await line(running[0])
+        assert await line(running[0]) == b"[True, True, True]\n"
         running[0].kill()
         await running[0].wait()
         assert not (await survivor.admit(who, new_id())).granted
 
-        async def passes() -> bool:
-            return (await survivor.admit(who, new_id())).granted
+        passed = 0
 
-        assert await until(passes) < 2  # a lease of 1 s
-        assert 2 == granted(await admit(survivor, who, 3))
+        async def all_pass() -> bool:
+            nonlocal passed
+            passed += granted(await admit(survivor, who, 1))
+            return passed == 3
+
+        assert await until(all_pass) < 2  # a lease of 1 s
+        assert not (await survivor.admit(who, new_id())).granted
 
 
 async def test_a_lease_is_renewed_while_its_request_lives(redis_url: str, redis: Redis) -> None:
     """More of them than one round trip renews."""
     who = principal(concurrent_requests=250)
     async with limiter(redis_url, lease=2.0) as holder, limiter(redis_url) as other:
-        assert 250 == granted(await asyncio.gather(*(holder.admit(who, new_id()) for _ in range(250))))
-        ends = (await redis.zrange(LEASES, -1, -1, withscores=True))[0][1]
+        assert granted(await asyncio.gather(*(holder.admit(who, new_id()) for _ in range(250)))) == 250
+        ends = await redis.zscore(LEASES, (await members(redis, LEASES))[-1])
 
         async def all_were_renewed() -> bool:
             return await redis.zcount(LEASES, f"({ends}", "+inf") == 250
@@ -395,9 +409,9 @@ async def test_a_lease_is_renewed_while_its_request_lives(redis_url: str, redis:
 async def test_closing_gives_back_what_is_held(redis_url: str, redis: Redis) -> None:
     async with limiter(redis_url) as limiter_:
         await admit(limiter_, principal(concurrent_requests=3), 3)
-        assert 3 == await redis.zcard(LEASES)
+        assert await redis.zcard(LEASES) == 3
         await limiter_.close()
-        assert 0 == await redis.zcard(LEASES)
+        assert await redis.zcard(LEASES) == 0
 
 
 # --- clients that leave -------------------------------------------------------------------------------------------
@@ -417,7 +431,7 @@ async def test_a_client_that_leaves_before_it_was_asked_for_is_not_recorded(redi
         await asyncio.gather(leaver, return_exceptions=True)
         assert leaver.cancelled()
         assert (await limiter_.admit(who, new_id())).granted
-        assert 1 == await redis.zcard(REQUESTS)
+        assert await redis.zcard(REQUESTS) == 1
 
 
 async def test_a_client_that_leaves_while_redis_is_asked_leaks_no_slot(server: Server) -> None:
@@ -433,10 +447,10 @@ async def test_a_client_that_leaves_while_redis_is_asked_leaks_no_slot(server: S
         assert leaver.cancelled()
 
         async def was_granted_and_released() -> bool:
-            return 1 == await redis.zcard(REQUESTS) and 0 == await redis.zcard(LEASES)
+            return await redis.zcard(REQUESTS) == 1 and await redis.zcard(LEASES) == 0
 
         await until(was_granted_and_released)
-        assert "redis" == limiter_.state
+        assert limiter_.state == "redis"
         assert (await limiter_.admit(who, new_id())).granted
 
 
@@ -455,7 +469,7 @@ async def test_a_client_that_leaves_between_the_answer_and_its_reader_leaks_no_s
         await asyncio.gather(task, leaver, return_exceptions=True)
         assert leaver.cancelled()
         assert (await limiter_.admit(who, "next")).granted
-        assert {b"first", b"next"} == set(await redis.zrange(LEASES, 0, -1))
+        assert {"first", "next"} == set(await members(redis, LEASES))
 
 
 async def test_what_redis_grants_after_we_gave_up_holds_no_slot(server: Server, quick_probes: None) -> None:
@@ -463,11 +477,11 @@ async def test_what_redis_grants_after_we_gave_up_holds_no_slot(server: Server, 
     async with connect_redis(server.url) as redis, limiter(server.url, on_redis_down="closed") as limiter_:
         await limiter_.admit(principal(requests_per_minute=1, key_id="other"), new_id())
         server.signal(signal.SIGSTOP)
-        assert "unavailable" == (await limiter_.admit(who, new_id())).reason
+        assert (await limiter_.admit(who, new_id())).reason == "unavailable"
         server.signal(signal.SIGCONT)
 
         async def was_recorded() -> bool:
-            return 1 == await redis.zcard(REQUESTS)
+            return await redis.zcard(REQUESTS) == 1
 
         await until(was_recorded)
         await until(lambda: limiter_.state == "redis")
@@ -489,35 +503,35 @@ async def test_what_one_turn_of_the_loop_asks_is_one_round_trip(server: Server) 
         await redis.config_resetstat()
         ids = [new_id() for _ in range(100)]
         answers = await asyncio.gather(*(limiter_.admit(who, exchange_id) for exchange_id in ids))
-        assert 1 == await calls(redis)
+        assert await calls(redis) == 1
         # In the order in which they were asked.
-        assert [True] * 60 + [False] * 40 == [answer.granted for answer in answers]
+        assert [answer.granted for answer in answers] == [True] * 60 + [False] * 40
         assert list(range(59, -1, -1)) == [answer.remaining for answer in answers[:60]]
 
         for exchange_id in ids:
             limiter_.release(who, exchange_id)
 
         async def all_are_released() -> bool:
-            return 0 == await redis.zcard(LEASES)
+            return await redis.zcard(LEASES) == 0
 
         await until(all_are_released)
-        assert 2 == await calls(redis)
+        assert await calls(redis) == 2
 
 
 async def test_a_crowd_larger_than_one_round_trip_is_answered_whole(redis_url: str) -> None:
     who = principal(requests_per_minute=1200)
     async with limiter(redis_url) as limiter_:
         answers = await asyncio.gather(*(limiter_.admit(who, new_id()) for _ in range(1300)))
-    assert [True] * 1200 + [False] * 100 == [answer.granted for answer in answers]
+    assert [answer.granted for answer in answers] == [True] * 1200 + [False] * 100
 
 
 async def test_a_script_that_redis_forgot_is_loaded_again(redis_url: str, redis: Redis) -> None:
     who = principal(requests_per_minute=3)
     async with limiter(redis_url) as limiter_:
-        assert 2 == granted(await admit(limiter_, who, 2))
+        assert granted(await admit(limiter_, who, 2)) == 2
         await redis.script_flush()
-        assert [True, False] == [admission.granted for admission in await admit(limiter_, who, 2)]
-        assert "redis" == limiter_.state
+        assert [admission.granted for admission in await admit(limiter_, who, 2)] == [True, False]
+        assert limiter_.state == "redis"
 
 
 async def test_a_loop_that_was_held_up_is_not_a_redis_that_is_gone(redis_url: str) -> None:
@@ -528,7 +542,7 @@ async def test_a_loop_that_was_held_up_is_not_a_redis_that_is_gone(redis_url: st
         await turns(10)  # now it was sent
         time.sleep(limits.TIMEOUT * 3)
         assert not (await waiting).local
-        assert "redis" == limiter_.state
+        assert limiter_.state == "redis"
 
 
 # --- without Redis ------------------------------------------------------------------------------------------------
@@ -542,9 +556,9 @@ async def test_a_redis_that_stalls_adds_a_tenth_of_a_second_once(server: Server)
         started = time.monotonic()
         answers = await asyncio.gather(*(limiter_.admit(who, new_id()) for _ in range(20)))
         waited = time.monotonic() - started
-        assert 20 == sum(answer.local and answer.granted for answer in answers)
-        assert 0.09 < waited < 0.15
-        assert "local" == limiter_.state
+        assert sum(answer.local and answer.granted for answer in answers) == 20
+        assert 0.09 < waited < 0.25  # the rest is this machine's
+        assert limiter_.state == "local"
 
         slowest = 0.0
         while time.monotonic() - started < 1.5:  # the first probe comes after one second, and fails after 1.1
@@ -552,43 +566,66 @@ async def test_a_redis_that_stalls_adds_a_tenth_of_a_second_once(server: Server)
             assert (await limiter_.admit(who, new_id())).local
             slowest = max(slowest, time.monotonic() - asked)
             await asyncio.sleep(0.01)
-        assert slowest < 0.05
+        assert slowest < limits.TIMEOUT / 2
 
         server.signal(signal.SIGCONT)
         assert await until(lambda: limiter_.state == "redis") < 5
         assert not (await limiter_.admit(who, new_id())).local
 
 
-async def test_a_redis_that_comes_back_after_a_long_time_is_used_within_five_seconds(server: Server) -> None:
-    """The pause between probes grows, and ends."""
+async def test_the_pause_between_probes_grows_and_then_stays(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long Redis was gone, it is used again within five seconds."""
     assert limits.LONGEST_PAUSE + limits.TIMEOUT < 5
-    pauses = [limits.FIRST_PAUSE]
-    for _ in range(4):
-        pauses.append(min(pauses[-1] * 2, limits.LONGEST_PAUSE))
-    assert [1, 2, 4, 4.8, 4.8] == pauses
+    monkeypatch.setattr(limits, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(limits, "LONGEST_PAUSE", 0.05)
+    failed_at: list[float] = []
+    server.kill()
+    async with limiter(server.url, on_error=lambda kind: failed_at.append(time.monotonic())):
+        await until(lambda: len(failed_at) == 12)
+    pauses = [later - earlier for earlier, later in pairwise(failed_at)]
+    for pause, least in zip(pauses, [0.01, 0.02, 0.04, *[0.05] * 8], strict=True):
+        assert pause >= least
+    assert sum(pauses) < 5  # without an end they would add up to 20
+
+
+async def test_what_is_released_in_a_long_outage_is_not_kept(server: Server, quick_probes: None) -> None:
+    """A lease that has ended by itself needs nobody to tell Redis."""
+    who = principal(concurrent_requests=10)
+    async with limiter(server.url, lease=0.5) as limiter_:
+        ids = [new_id() for _ in range(10)]
+        assert granted([await limiter_.admit(who, exchange_id) for exchange_id in ids]) == 10
+        server.kill()
+        await until(lambda: limiter_.state == "local")
+        for exchange_id in ids[:5]:
+            limiter_.release(who, exchange_id)
+        assert len(limiter_._queue) == 5
+        await until(lambda: not limiter_._queue)
+        for exchange_id in ids[5:]:
+            limiter_.release(who, exchange_id)
+        assert not limiter_._queue
 
 
 async def test_without_redis_the_limit_holds_together_with_what_redis_granted(server: Server) -> None:
     who = principal(requests_per_minute=10)
     async with limiter(server.url) as limiter_:
-        assert 6 == granted(await admit(limiter_, who, 6))
+        assert granted(await admit(limiter_, who, 6)) == 6
         server.kill()
         answers = await admit(limiter_, who, 10)
-        assert [True] * 4 + [False] * 6 == [answer.granted for answer in answers]
+        assert [answer.granted for answer in answers] == [True] * 4 + [False] * 6
         assert all(answer.local for answer in answers[:4])
-        assert [3, 2, 1, 0] == [answer.remaining for answer in answers[:4]]
-        assert ("requests_per_minute", 60) == (answers[-1].reason, answers[-1].retry_after)
+        assert [answer.remaining for answer in answers[:4]] == [3, 2, 1, 0]
+        assert (answers[-1].reason, answers[-1].retry_after) == ("requests_per_minute", 60)
 
 
 async def test_without_redis_each_node_grants_its_share(server: Server) -> None:
     server.kill()
     async with limiter(server.url, nodes=4, global_per_minute=40) as limiter_:
         await until(lambda: limiter_.state == "local")
-        assert 5 == granted(await admit(limiter_, principal(requests_per_minute=20, key_id="a"), 10))
-        assert 1 == granted(await admit(limiter_, principal(requests_per_minute=3, key_id="b"), 10))
-        assert 2 == granted(await admit(limiter_, principal(concurrent_requests=8, key_id="c"), 10))
+        assert granted(await admit(limiter_, principal(requests_per_minute=20, key_id="a"), 10)) == 5
+        assert granted(await admit(limiter_, principal(requests_per_minute=3, key_id="b"), 10)) == 1
+        assert granted(await admit(limiter_, principal(concurrent_requests=8, key_id="c"), 10)) == 2
         answers = await admit(limiter_, principal(requests_per_minute=400, key_id="d"), 10)
-        assert [""] * 2 + ["global_requests_per_minute"] * 8 == [answer.reason for answer in answers]
+        assert [answer.reason for answer in answers] == [""] * 2 + ["global_requests_per_minute"] * 8
 
 
 async def test_without_redis_the_window_slides_too(server: Server) -> None:
@@ -597,30 +634,30 @@ async def test_without_redis_the_window_slides_too(server: Server) -> None:
     who = principal(requests_per_minute=3)
     async with limiter(server.url, clock=lambda: now) as limiter_:
         await until(lambda: limiter_.state == "local")
-        assert 2 == granted(await admit(limiter_, who, 2))
+        assert granted(await admit(limiter_, who, 2)) == 2
         now += 20
-        assert 1 == granted(await admit(limiter_, who, 2))
+        assert granted(await admit(limiter_, who, 2)) == 1
         now += 39
         refusal = await limiter_.admit(who, new_id())
-        assert (False, 1, 21.0) == (refusal.granted, refusal.retry_after, refusal.reset_after)
+        assert (refusal.granted, refusal.retry_after, refusal.reset_after) == (False, 1, 21.0)
         now += 1
-        assert 2 == granted(await admit(limiter_, who, 3))
+        assert granted(await admit(limiter_, who, 3)) == 2
 
 
 async def test_without_redis_slots_are_counted_and_released(server: Server, quick_probes: None) -> None:
     who = principal(concurrent_requests=2)
     failures: list[str] = []
     async with limiter(server.url, on_error=failures.append) as limiter_:
-        assert (await limiter_.admit(who, "with redis")).granted
+        assert (await limiter_.admit(who, "with-redis")).granted
         server.kill()
-        assert [True, False] == [(await limiter_.admit(who, name)).granted for name in ("a", "b")]
-        limiter_.release(who, "with redis")
+        assert [(await limiter_.admit(who, name)).granted for name in ("a", "b")] == [True, False]
+        limiter_.release(who, "with-redis")
         assert (await limiter_.admit(who, "c")).granted
         limiter_.release(who, "a")
         limiter_.release(who, "c")
         server.start()
         await until(lambda: limiter_.state == "redis")
-        assert 2 == granted(await admit(limiter_, who, 3))
+        assert granted(await admit(limiter_, who, 3)) == 2
         assert {"connection"} == set(failures)
 
 
@@ -642,26 +679,26 @@ async def test_a_redis_that_lost_its_memory_gives_no_second_helping(server: Serv
     who = principal(requests_per_minute=5, concurrent_requests=5)
     states: list[str] = []
     async with limiter(server.url, on_state=states.append) as limiter_:
-        assert 3 == granted(await admit(limiter_, who, 3))
+        assert granted(await admit(limiter_, who, 3)) == 3
         server.kill()
-        assert 1 == granted(await admit(limiter_, who, 1))
+        assert granted(await admit(limiter_, who, 1)) == 1
         server.start()
         await until(lambda: limiter_.state == "redis")
-        assert [True, False] == [admission.granted for admission in await admit(limiter_, who, 2)]
-    assert ["local", "redis"] == states
+        assert [admission.granted for admission in await admit(limiter_, who, 2)] == [True, False]
+    assert states == ["local", "redis"]
 
 
 async def test_a_redis_that_lost_its_memory_is_told_what_runs(server: Server, quick_probes: None) -> None:
     who = principal(concurrent_requests=4)
     async with limiter(server.url) as one:
-        assert 2 == granted(await admit(one, who, 2))
+        assert granted(await admit(one, who, 2)) == 2
         server.kill()
-        assert 1 == granted(await admit(one, who, 1))
+        assert granted(await admit(one, who, 1)) == 1
         server.start()
         await until(lambda: one.state == "redis")
         await one.admit(principal(requests_per_minute=1, key_id="other"), new_id())
         async with limiter(server.url) as other:
-            assert [True, False] == [admission.granted for admission in await admit(other, who, 2)]
+            assert [admission.granted for admission in await admit(other, who, 2)] == [True, False]
 
 
 async def test_a_redis_that_restarts_between_two_requests_is_not_missed(server: Server) -> None:
@@ -695,11 +732,11 @@ async def test_a_redis_that_cannot_write_is_a_redis_that_is_gone(
     failures: list[str] = []
     async with connect_redis(server.url) as redis, limiter(server.url, on_error=failures.append) as limiter_:
         assert not (await limiter_.admit(who, new_id())).local
-        await redis.execute_command(*fail.split())
+        await command(redis, fail)
         assert (await limiter_.admit(who, new_id())).local
         await until(lambda: len(failures) > 2)  # probes that could read
         assert {kind} == set(failures)
-        await redis.execute_command(*recover.split())
+        await command(redis, recover)
         await until(lambda: limiter_.state == "redis")
         assert not (await limiter_.admit(who, new_id())).local
 
@@ -714,7 +751,7 @@ async def test_an_answer_that_is_not_ours_is_a_redis_that_is_gone() -> None:
     async with listener, connect_redis(f"redis://127.0.0.1:{port}") as redis:
         limiter_ = Limiter(redis)
         answer = await asyncio.wait_for(limiter_.admit(principal(requests_per_minute=1), new_id()), 5)
-        assert (True, True) == (answer.granted, answer.local)
+        assert (answer.granted, answer.local) == (True, True)
 
 
 # --- the window of this process -----------------------------------------------------------------------------------
@@ -733,12 +770,13 @@ def test_the_local_window_grants_what_a_list_of_all_times_would(steps: list[tupl
         assert len(inside) == window.count(now)
         assert (inside[-1] + 10.0 - now if inside else 0.0) == window.empty_after(now)
         if len(inside) < limit:
-            assert 0.0 == window.room_after(limit, now)
+            assert window.room_after(limit, now) == 0.0
             window.add(now)
             granted_at.append(now)
         else:
             free = now + window.room_after(limit, now)
-            assert limit - 1 == sum(free - at < 10.0 for at in granted_at)
+            assert window.has_room(limit, free)
+            assert not window.has_room(limit, free - 1 / 16)
 
 
 def test_the_requests_of_only_so_many_keys_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -749,7 +787,7 @@ def test_the_requests_of_only_so_many_keys_are_remembered(monkeypatch: pytest.Mo
         grants.record(who, new_id(), 0.0)
     assert grants.refusal(a, 1.0)  # used later than b
     grants.record(c, new_id(), 2.0)
-    assert [True, False, True] == [grants.refusal(who, 3.0) is not None for who in (a, b, c)]
+    assert [grants.refusal(who, 3.0) is not None for who in (a, c, b)] == [True, True, False]
 
 
 def test_keys_that_were_idle_for_a_window_are_forgotten() -> None:

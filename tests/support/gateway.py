@@ -12,7 +12,7 @@ from aiohttp import web
 
 from gateway import appkeys
 from gateway.app import make_app, make_runner
-from gateway.mock import Mock
+from gateway.mock import Mock, Received
 from gateway.settings import load_settings
 
 MODELS = {"openai": "openai/mock-gpt", "anthropic": "anthropic/mock-claude", "ollama": "ollama/mock-llama"}
@@ -30,6 +30,11 @@ class Gateway:
     @property
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.api_key}"}
+
+    @property
+    def calls(self) -> list[Received]:
+        """What the provider was asked to generate; not the looks at its list of models."""
+        return [request for request in self.mock.received if request.method == "POST"]
 
     async def new_key(self, **limits: Any) -> str:
         limits = {"requests_per_minute": 0, "concurrent_requests": 0, "allowed_models": (), **limits}

@@ -50,14 +50,21 @@ class Databases:
         return urlunsplit(urlsplit(self._server_url)._replace(path=f"/{database}"))
 
     def _run(self, statement: str) -> None:
-        async def execute() -> None:
-            connection = await asyncpg.connect(self._server_url)
-            try:
-                await connection.execute(statement)
-            finally:
-                await connection.close()
+        _in_thread(_execute(self._server_url, statement))
 
-        _in_thread(execute())
+
+def switch_off_fsync(server_url: str) -> None:
+    """For a server that will not be missed: a fresh database then takes a third of the time."""
+    _in_thread(_execute(server_url, "alter system set fsync = off", "select pg_reload_conf()"))
+
+
+async def _execute(database_url: str, *statements: str) -> None:
+    connection = await asyncpg.connect(database_url)
+    try:
+        for statement in statements:
+            await connection.execute(statement)
+    finally:
+        await connection.close()
 
 
 def _in_thread(work: Coroutine[Any, Any, object]) -> None:

@@ -130,19 +130,23 @@ class AnthropicTranslator:
         if not isinstance(kind, str):
             kind = "error" if parsed.get("error") else event.name
         if handler := _HANDLERS.get(kind):
-            handler(self, parsed)
+            try:
+                handler(self, parsed)
+            except UpstreamBadBody as error:
+                self._fail(error)
 
     def _message_start(self, event: Json) -> None:
         message = _object(event, "message")
         message_id = _text(message, "id")
-        if self._message_id is not None:
+        if self._role_sent:
+            # A proxy that tries again may say it twice; what follows belongs to the message that the client has.
             if message_id != self._message_id:
-                self._fail(UpstreamBadBody("the provider began a second message", kind="bad_event"))
+                raise UpstreamBadBody("the provider began a second message", kind="bad_event")
             return
         self._message_id = message_id
         self._model = _text(message, "model") or self._model
         reason = message.get("stop_reason")
-        self._counts.merge(message.get("usage"), final=reason is not None)
+        self._counts.merge(message.get("usage"), final=isinstance(reason, str))
         self._send_role(self._counts.usage())
         self._whole_blocks(message.get("content"))
         if isinstance(reason, str):
@@ -534,13 +538,14 @@ def _is_whole(usage: Usage | None) -> bool:
     return usage is not None and usage.prompt_tokens is not None and usage.completion_tokens is not None
 
 
+MAX_COUNT = 1 << 53  # tokens; more, or infinity, is no count
 _INPUT_COUNTS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 
 
 def _keep(counts: dict[str, int], name: str, usage: Json) -> None:
     value = usage.get(name)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        counts[name] = max(0, int(value))
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < MAX_COUNT:
+        counts[name] = int(value)
 
 
 # --- errors -------------------------------------------------------------------------------------------------------
@@ -567,13 +572,18 @@ _TOO_LONG = re.compile(r"prompt is too long|exceed[^.]{0,40} context (?:window|l
 def _words(body: Json) -> str:
     """What the provider, or a proxy before it, says of an error."""
     words = _text(_object(body, "error"), "message") or _text(body, "error") or _text(body, "message")
-    return words[:MAX_MESSAGE]
+    return _encodable(words[:MAX_MESSAGE])
+
+
+def _encodable(text: str) -> str:
+    """Without lone surrogates, which an error object cannot hold."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _rejected(status: int, problem: Json, message: str) -> UpstreamRejected:
     """A 4xx that the request caused, in OpenAI's words."""
-    kind = _text(problem, "type") or "invalid_request_error"
-    code = _text(_object(problem, "details"), "error_code") or kind
+    kind = _encodable(_text(problem, "type")) or "invalid_request_error"
+    code = _encodable(_text(_object(problem, "details"), "error_code")) or kind
     if status == 404:
         return UpstreamRejected(message, status=404, code="model_not_found", param="model")
     if _TOO_LONG.search(message):
@@ -604,7 +614,11 @@ def _dump(value: Any) -> bytes:
     try:
         return orjson.dumps(value)
     except TypeError:  # a lone surrogate: only the escaped form can be sent
+        pass
+    try:
         return json.dumps(value, separators=(",", ":")).encode()
+    except RecursionError:
+        raise UpstreamBadBody("the provider sent JSON that is nested too deep", kind="bad_event") from None
 
 
 def _object(source: Json, name: str) -> Json:

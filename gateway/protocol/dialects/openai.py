@@ -124,14 +124,14 @@ class OpenAITranslator:
         usage = _usage(parsed)
         if not choices and not self._call.chat.wants_usage and _is_usage_alone(parsed):
             return Chunk(b"", usage=usage)
+        finish_reason = None
         for position, choice in enumerate(choices):
             index = choice.get("index")
             index = index if isinstance(index, int) else position  # some servers leave it out, or null
-            if _finish_reason(choice):
-                self._choices[index] = True
-            else:
-                self._choices.setdefault(index, False)
-        return Chunk(_sendable(event), _text(choices, "delta"), usage, _last_finish_reason(choices))
+            if reason := _finish_reason(choice):
+                finish_reason = reason
+            self._choices[index] = reason is not None or self._choices.get(index, False)
+        return Chunk(_sendable(event), _text(choices, "delta"), usage, finish_reason)
 
     def _take_rest(self) -> list[Chunk]:
         """An event that the connection's end left open counts when it is whole; half of one is dropped.
@@ -169,7 +169,8 @@ class OpenAITranslator:
         if not isinstance(parsed, dict) or not isinstance(parsed.get("choices"), list):
             raise UpstreamBadBody("the provider's answer is not a chat completion")
         choices = _choices(parsed)
-        return Reply(body, _text(choices, "message"), _usage(parsed), _last_finish_reason(choices))
+        reasons = [reason for choice in choices if (reason := _finish_reason(choice))]
+        return Reply(body, _text(choices, "message"), _usage(parsed), reasons[-1] if reasons else None)
 
     # --- errors ---
 
@@ -192,7 +193,8 @@ class OpenAITranslator:
                 param=said.param or None,
                 code=said.word or _CODES.get(status),
             )
-        return UpstreamError(message, code=said.word, retry_after=retry_after)
+        kind = "redirect" if 300 <= status < 400 else "http_5xx"
+        return UpstreamError(message, kind=kind, code=said.word, retry_after=retry_after)
 
     def _auth_error(self, status: int) -> GatewayError:
         if not self._call.target.own_credential:
@@ -278,15 +280,10 @@ def _finish_reason(choice: Mapping[str, Any]) -> str | None:
     return reason if isinstance(reason, str) and reason else None  # Snowflake's is always ""
 
 
-def _last_finish_reason(choices: Sequence[Mapping[str, Any]]) -> str | None:
-    return next((reason for choice in reversed(choices) if (reason := _finish_reason(choice))), None)
-
-
 def _usage(parsed: Mapping[str, Any]) -> Usage | None:
     usage = Usage.from_openai(parsed.get("usage"))
-    if usage is None and isinstance(parsed.get("x_groq"), dict):
-        usage = Usage.from_openai(parsed["x_groq"].get("usage"))
-    return usage
+    groq = parsed.get("x_groq") if usage is None else None
+    return Usage.from_openai(groq.get("usage")) if isinstance(groq, dict) else usage
 
 
 def _is_usage_alone(parsed: Mapping[str, Any]) -> bool:

@@ -592,7 +592,7 @@ def test_allowed_tools_are_the_only_ones_offered() -> None:
         {"type": "allowed_tools", "allowed_tools": {"tools": [{"type": "function", "function": {"name": "x"}}, 5]}},
         {
             "type": "allowed_tools",
-            "allowed_tools": {"mode": {}, "tools": [{"type": "function", "function": {"name": "get_weather"}}]},
+            "allowed_tools": {"mode": "never", "tools": [{"type": "function", "function": {"name": "get_weather"}}]},
         },
     ],
 )
@@ -880,7 +880,7 @@ def test_a_tool_result_may_hold_an_image() -> None:
 
 
 def test_cache_breakpoints_stay_where_they_are() -> None:
-    mark = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
+    mark: Json = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
     assert user_part({"type": "text", "text": "Long.", **mark}) == [{"type": "text", "text": "Long.", **mark}]
     assert sent(tools=[{**function(), **mark}])["tools"][0]["cache_control"] == mark["cache_control"]
     assert sent(tools=[function(**mark)])["tools"][0]["cache_control"] == mark["cache_control"]

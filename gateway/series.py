@@ -1,0 +1,156 @@
+"""Series: the numbers of one metric, held by their label values.
+
+aioprometheus keeps the registry and writes the page. Three things it does not do are done here, once:
+
+Rule 1: label values are escaped. Its formatter writes them as they are, so a quote in one could plant a series.
+Rule 2: a metric has at most so many series; what comes after is counted under the label values `other`.
+Rule 3: the hot path holds a bound series (`metric.labels("a", "b")`, cached) and adds to a plain number.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+from aioprometheus.collectors import Collector, Counter, Gauge, Histogram, Registry
+
+OTHER = "other"  # a label value beyond the cap, or one that a client made up
+
+# Series that one metric may have. Prometheus asks for labels whose values number fewer than ten, with few exceptions
+# (https://prometheus.io/docs/practices/instrumentation/#do-not-overuse-labels); `model` is our exception.
+MAX_SERIES = 1000
+MAX_HISTOGRAMS = 40  # of one metric; each is about twenty lines of the page
+
+
+class Sampled(Protocol):
+    def sample(self) -> Any:
+        """What aioprometheus's formatter prints for the series: a number, or a histogram's lines by name."""
+        ...
+
+
+class CounterSeries:
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value: float = 0
+
+    def inc(self, n: float = 1) -> None:
+        """Add `n`. What is not positive adds nothing: a counter never goes down, and counting never raises."""
+        if n > 0:
+            self.value += n
+
+    def sample(self) -> float:
+        return self.value
+
+
+class GaugeSeries:
+    __slots__ = ("_read", "value")
+
+    def __init__(self) -> None:
+        self.value: float = 0
+        self._read: Callable[[], float] | None = None
+
+    def set(self, value: float) -> None:
+        self.value = value
+
+    def inc(self, n: float = 1) -> None:
+        self.value += n
+
+    def dec(self, n: float = 1) -> None:
+        self.value -= n
+
+    def follow(self, read: Callable[[], float]) -> None:
+        """From now on the page asks `read`, which must not raise."""
+        self._read = read
+
+    def sample(self) -> float:
+        return self.value if self._read is None else float(self._read())
+
+
+class HistogramSeries:
+    __slots__ = ("_bounds", "_counts", "sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)  # of each bucket alone; the page adds them up
+        self.sum = 0.0
+
+    @property
+    def count(self) -> int:
+        return sum(self._counts)
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self.sum += value
+
+    def sample(self) -> dict[float | str, float]:
+        lines: dict[float | str, float] = {}
+        total = 0
+        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
+            total += count
+            lines[bound] = total
+        return {**lines, "count": total, "sum": self.sum}
+
+
+S = TypeVar("S", bound=Sampled)
+
+
+class Labelled(Collector, Generic[S]):
+    """A collector of aioprometheus's that holds its series itself, by their label values."""
+
+    cap = MAX_SERIES
+
+    def __init__(
+        self, registry: Registry, name: str, doc: str, label_names: Sequence[str], new: Callable[[], S]
+    ) -> None:
+        super().__init__(name, doc, registry=registry)
+        self._label_names = tuple(label_names)
+        self._new = new
+        self._series: dict[tuple[str, ...], S] = {}
+        self._overflow: S | None = None  # the series `other`, once the cap was met
+
+    def labels(self, *values: str) -> S:
+        """The series with these label values, the same object every time; beyond the cap the one named `other`."""
+        series = self._series.get(values)
+        return series if series is not None else self._add(values)
+
+    def _add(self, values: tuple[str, ...]) -> S:
+        if len(values) != len(self._label_names):
+            raise ValueError(f"{self.name} has {len(self._label_names)} labels, {len(values)} were given")
+        if len(self._series) >= self.cap:
+            self._overflow = self._overflow or self._new()
+            return self._overflow
+        self._series[values] = series = self._new()
+        return series
+
+    def get_all(self) -> list[tuple[dict[str, str], Any]]:
+        """What aioprometheus's formatter asks for. It writes label values as they are, so here they are escaped."""
+        rows = list(self._series.items())
+        if self._overflow is not None:
+            rows.append(((OTHER,) * len(self._label_names), self._overflow))
+        return [
+            (dict(zip(self._label_names, map(escape, values), strict=True)), series.sample()) for values, series in rows
+        ]
+
+
+class LabelledCounter(Labelled[CounterSeries], Counter):
+    """`Counter` is what the formatter looks at: it prints `# TYPE … counter`."""
+
+
+class LabelledGauge(Labelled[GaugeSeries], Gauge):
+    pass
+
+
+class LabelledHistogram(Labelled[HistogramSeries], Histogram):
+    cap = MAX_HISTOGRAMS
+
+
+# "label_value can be any sequence of UTF-8 characters, but the backslash, double-quote, and line feed characters have
+# to be escaped" (https://prometheus.io/docs/instrumenting/exposition_formats/). A lone surrogate has no UTF-8, and
+# other control characters have no place in a name: each becomes a replacement character.
+_ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
+
+
+def escape(value: str) -> str:
+    if not value.isprintable():
+        value = "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in value)
+    return value.translate(_ESCAPES)

@@ -1,0 +1,132 @@
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from gateway.settings import Settings, load_settings
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "compose.yaml").read_text()
+COMPOSE: Mapping[str, Any] = YAML(typ="safe").load(TEXT)
+SERVICES: Mapping[str, Any] = COMPOSE["services"]
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+
+
+def variables_of_env_example() -> dict[str, str]:
+    lines = (line.removeprefix("# ") for line in (ROOT / ".env.example").read_text().splitlines())
+    pairs = (re.fullmatch(r"([A-Z_]+)=(.*)", line) for line in lines)
+    return {pair[1]: pair[2] for pair in pairs if pair}
+
+
+def mounts() -> list[tuple[str, str]]:
+    return [(name, mount) for name, service in SERVICES.items() for mount in service.get("volumes", [])]
+
+
+def test_compose_yaml_follows_the_compose_specification() -> None:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    done = subprocess.run([*command, str(ROOT / "compose.yaml")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_volume_is_declared_and_used() -> None:
+    named = {mount.split(":")[0] for _, mount in mounts() if not mount.startswith(".")}
+    assert named == set(COMPOSE["volumes"])
+
+
+def test_every_file_that_is_mounted_exists() -> None:
+    missing = [mount for _, mount in mounts() if mount.startswith(".") and not (ROOT / mount.split(":")[0]).exists()]
+    assert missing == []
+
+
+def test_every_service_keeps_its_data_in_a_volume_and_can_be_asked_for_its_health() -> None:
+    assert {name for name, _ in mounts()} == set(SERVICES)
+    assert {name for name, service in SERVICES.items() if "healthcheck" in service} == set(SERVICES)
+
+
+def test_the_gateway_waits_until_its_stores_are_healthy() -> None:
+    needs = SERVICES["gateway"]["depends_on"]
+    assert {name: need["condition"] for name, need in needs.items()} == {
+        "postgres": "service_healthy",
+        "redis": "service_healthy",
+    }
+    assert set(needs) <= set(SERVICES)
+
+
+def test_addresses_name_services_of_this_file() -> None:
+    environment = SERVICES["gateway"]["environment"]
+    addresses = [environment[name] for name in ("DATABASE_URL", "REDIS_URL", "OLLAMA_BASE_URL")]
+    hosts = [re.search(r"(?:@|//)([a-z]+):\d+", address) for address in addresses]
+    assert [host[1] for host in hosts if host] == ["postgres", "redis", "ollama"]
+
+
+def test_the_port_is_the_same_everywhere() -> None:
+    gateway = SERVICES["gateway"]
+    published = gateway["ports"][0].rpartition(":")[2]
+    assert {published, gateway["environment"]["PORT"], str(Settings().port)} == {"3000"}
+    assert ":3000/health/ready" in " ".join(gateway["healthcheck"]["test"])
+    assert "EXPOSE 3000\n" in DOCKERFILE
+    assert "PORT=3000" in DOCKERFILE
+
+
+def test_only_the_gateway_is_published_and_only_to_this_machine() -> None:
+    assert [name for name, service in SERVICES.items() if "ports" in service] == ["gateway"]
+    assert SERVICES["gateway"]["ports"][0].startswith("${HOST:-127.0.0.1}:")
+
+
+def test_no_secret_is_in_the_file() -> None:
+    values = re.findall(r"(?i)(?:password|secret|key)\w*: *(\S.*)|://\w+:(\$\{.*?\}|\S+?)@", TEXT)
+    secrets = [first or second for first, second in values]
+    assert secrets
+    assert [secret for secret in secrets if not secret.startswith("${")] == []
+
+
+def test_every_variable_that_is_asked_for_is_explained() -> None:
+    asked = set(re.findall(r"\$\{([A-Z_]+)", TEXT))
+    assert asked <= set(variables_of_env_example())
+
+
+def test_env_example_holds_settings_that_the_gateway_knows_with_values_it_takes() -> None:
+    variables = variables_of_env_example()
+    known = {name.upper() for name in Settings.__struct_fields__}
+    assert set(variables) - known == {"POSTGRES_PASSWORD"}
+    load_settings(variables)
+
+
+def test_env_example_shows_the_real_defaults() -> None:
+    shown = {name.lower(): value for name, value in variables_of_env_example().items() if value}
+    elsewhere = {"database_url", "redis_url", "ollama_base_url"}  # examples of addresses
+    defaults = {name: str(getattr(Settings(), name)) for name in shown}
+    assert {name: shown[name] for name in shown.keys() - elsewhere} == {
+        name: defaults[name] for name in shown.keys() - elsewhere
+    }
+
+
+def test_redis_never_evicts_a_limit_and_keeps_its_data() -> None:
+    command = " ".join(SERVICES["redis"]["command"])
+    assert "--maxmemory-policy noeviction" in command
+    assert "--appendonly yes" in command
+
+
+def test_containers_have_longer_to_stop_than_streams_to_drain() -> None:
+    assert int(SERVICES["gateway"]["stop_grace_period"].removesuffix("s")) > Settings().gateway_drain_timeout
+
+
+def test_what_the_image_copies_exists_and_is_sent_to_the_builder() -> None:
+    copies = re.findall(r"^COPY (?!--)(.+) \S+$", DOCKERFILE, re.MULTILINE)
+    sources = {source for copy in copies for source in copy.split()}
+    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert sources == sent
+    assert [source for source in sources if not (ROOT / source).exists()] == []
+
+
+def test_the_image_installs_by_hash_and_does_not_run_as_root() -> None:
+    installs = re.findall(r"pip install (.+?)(?: \\)?$", DOCKERFILE, re.MULTILINE)
+    assert [line for line in installs if "--require-hashes" not in line and "--no-index" not in line] == []
+    assert "\nUSER 10001\n" in DOCKERFILE

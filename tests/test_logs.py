@@ -1,0 +1,366 @@
+import asyncio
+import io
+import json
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from time import monotonic
+from typing import Any
+
+import orjson
+import pytest
+from aiohttp.http_exceptions import BadHttpMessage
+
+from gateway.exchange import Exchange, Principal
+from gateway.logs import LineHandler, exchange_fields, json_line, readable_line, setup
+from gateway.protocol.chat import parse_chat
+from gateway.protocol.routing import Provider, Target
+from gateway.protocol.usage import Usage
+
+pytestmark = pytest.mark.unit
+
+log = logging.getLogger("gateway.test")
+KEY = "aig_0123456789AB_" + "s" * 43 + "_CRC123"
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    root, access = logging.getLogger(), logging.getLogger("aiohttp.access")
+    handlers, level, flags = list(root.handlers), root.level, (logging.logThreads, logging.logProcesses)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.logThreads, logging.logProcesses = flags
+    logging.logMultiprocessing = True
+    access.disabled = False
+    logging.captureWarnings(False)
+
+
+def record(message: str = "hello", *arguments: Any, name: str = "gateway.test", **attributes: Any) -> logging.LogRecord:
+    made = logging.LogRecord(name, logging.INFO, "file.py", 7, message, arguments, attributes.pop("exc_info", None))
+    made.__dict__.update(attributes)
+    return made
+
+
+def parsed(made: logging.LogRecord) -> dict[str, Any]:
+    line = json_line(made)
+    assert line.isprintable()
+    fields: dict[str, Any] = orjson.loads(line)
+    return fields
+
+
+def readable(made: logging.LogRecord) -> str:
+    return readable_line(colour=False)(made)
+
+
+def raised(error: BaseException, cause: BaseException | None = None) -> Any:
+    try:
+        raise error from cause
+    except BaseException:
+        return sys.exc_info()
+
+
+# --- JSON ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_production_line_is_json_with_the_time_the_level_the_message_and_then_the_fields() -> None:
+    fields = parsed(record("%s streams", 3, created=1_700_000_000.0625, fields={"request_id": "r1", "status": 200}))
+    assert list(fields.items()) == [
+        ("timestamp", "2023-11-14T22:13:20.062Z"),
+        ("level", "info"),
+        ("message", "3 streams"),
+        ("request_id", "r1"),
+        ("status", 200),
+    ]
+
+
+def test_a_field_cannot_take_the_place_of_the_time_the_level_or_the_message() -> None:
+    fields = parsed(record("hello", fields={"message": "bye", "level": "none", "timestamp": 0}))
+    assert (fields["message"], fields["level"]) == ("hello", "info")
+    assert fields["timestamp"] != 0
+
+
+def test_a_line_of_a_library_names_it() -> None:
+    assert parsed(record(name="asyncpg"))["logger"] == "asyncpg"
+    assert "logger" not in parsed(record(name="gateway.relay"))
+
+
+class Unprintable:
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+    __repr__ = __str__
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (object, str(object)),
+        (2**80, 2**80),
+        ({1: "one"}, {"1": "one"}),
+        ({"a"}, "{'a'}"),
+        (float("nan"), None),
+    ],
+)
+def test_any_value_can_be_a_field(value: Any, shown: Any) -> None:
+    line = json_line(record(fields={"value": value}))  # read by json, because orjson reads no long integers
+    assert json.loads(line)["value"] == shown
+
+
+def test_half_an_emoji_is_written_as_json_escapes_it() -> None:
+    line = json_line(record("half \ud83d", fields={"model": "\udc00"}))
+    assert r"half \ud83d" in line
+    assert r"\udc00" in line
+
+
+@pytest.mark.parametrize("char", ["\n", "\r", "\x1b", "\x00", "\x7f", "\x9b", "\u2028", "\u202e", "\u2066"])
+def test_a_control_character_cannot_forge_a_line_or_reach_a_terminal(char: str) -> None:
+    text = f"before{char}after"
+    made = record("said %s", text, fields={"user_id": text})
+    assert parsed(made)["user_id"] == text
+    assert parsed(made)["message"] == f"said {text}"
+    assert char not in readable(made)
+    assert len(readable(made).splitlines()) == 1
+
+
+def test_an_exception_in_production_says_what_and_where_and_quotes_nothing() -> None:
+    told = parsed(record("failed", exc_info=raised(ValueError("the prompt"), KeyError("the key"))))["exception"]
+    first, place, second = told.split("\n")
+    assert (first, second) == ("ValueError", "caused by KeyError")
+    assert re.fullmatch(r"  .*test_logs\.py:\d+ raised", place)
+
+
+def test_the_systems_own_errors_are_logged_with_their_text() -> None:
+    told = parsed(record("failed", exc_info=raised(ConnectionRefusedError(111, "refused"))))["exception"]
+    assert told.startswith("ConnectionRefusedError: [Errno 111] refused\n")
+
+
+def test_an_endless_chain_of_causes_ends() -> None:
+    error = OSError("first")
+    for number in range(50):
+        outer = OSError(str(number))
+        outer.__context__ = error
+        error = outer
+    assert parsed(record("failed", exc_info=(OSError, error, None)))["exception"].count("OSError") == 5
+
+
+# --- what is never logged -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "secret", "kept"),
+    [
+        (f"refused {KEY}", KEY[17:], "aig_0123456789AB_***"),
+        ("got sk-proj-abcdefgh12345678", "abcdefgh", "sk-***"),
+        ("Authorization: Bearer abc.def-123456789=", "abc.def", "Bearer ***"),
+        ("postgresql://gateway:hunter22@db:5432/x", "hunter22", "postgresql://gateway:***@db:5432/x"),
+    ],
+)
+def test_what_looks_like_a_credential_is_masked(text: str, secret: str, kept: str) -> None:
+    for made in (record(text), record("see", fields={"user_id": text}), record("x", exc_info=raised(OSError(text)))):
+        for line in (json_line(made), readable(made)):
+            assert secret not in line
+            assert kept in line
+        parsed(made)
+
+
+def test_plain_words_and_a_keys_prefix_are_not_masked() -> None:
+    text = "bearer authentication of aig_0123456789AB at https://example.org:8080/a task-force"
+    assert parsed(record(text))["message"] == text
+
+
+def test_aiohttps_errors_do_not_print_the_request() -> None:
+    error = BadHttpMessage("Invalid header value char:\n\n  b'Authorization: secret'\n  ^")
+    made = record("Error handling request from %s", "10.0.0.1", name="aiohttp.server", exc_info=raised(error))
+    for line in (json_line(made), readable(made)):
+        assert "secret" not in line
+        assert "Error handling request from 10.0.0.1" in line
+        assert "BadHttpMessage" in line
+
+
+async def test_asyncios_reprs_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    async def fail() -> None:
+        raise ValueError("the prompt")
+
+    setup("info", "development")
+    task = asyncio.create_task(fail())
+    await asyncio.wait([task])
+    del task
+    written = capsys.readouterr().err
+    assert "Task exception was never retrieved" in written
+    assert "the prompt" not in written
+
+
+# --- for people ---------------------------------------------------------------------------------------------------
+
+
+def test_a_development_line_is_read_at_a_glance() -> None:
+    line = readable(
+        record("GET %s", "/health", name="gateway.access", fields={"status": 200, "model": None, "note": "a b"})
+    )
+    assert re.fullmatch(r'\d\d:\d\d:\d\d\.\d{3} info    access  GET /health  status=200  note="a b"', line)
+
+
+def test_a_development_exception_is_told_in_full_below_its_line() -> None:
+    lines = readable(record("failed", exc_info=raised(ValueError("bad\nvalue"), OSError("disk")))).split("\n")
+    assert [lines[1], lines[3]] == [r"    ValueError: bad\u000avalue", "    caused by OSError: disk"]
+    assert re.fullmatch(r"      .*test_logs\.py:\d+ raised", lines[2])
+
+
+def test_only_a_terminal_gets_colours(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    setup("info", "development")
+    log.warning("plain")
+    assert "\x1b" not in capsys.readouterr().err
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    setup("info", "development")
+    log.warning("coloured")
+    assert "\x1b[33mwarning\x1b[0m" in terminal.getvalue()
+    setup("info", "production")
+    log.warning("json")
+    assert "\x1b" not in terminal.getvalue().splitlines()[-1]
+
+
+# --- logging never raises -----------------------------------------------------------------------------------------
+
+
+def set_up_alone(environment: str) -> None:
+    """Without pytest's own handlers, which raise what a record raises."""
+    logging.getLogger().handlers.clear()
+    setup("info", environment)
+
+
+def test_arguments_that_do_not_fit_leave_the_words(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_alone("production")
+    log.info("%s and %s", "one")
+    log.info("%d", "none")
+    messages = [orjson.loads(line)["message"] for line in capsys.readouterr().err.splitlines()]
+    assert messages == ["%s and %s", "%d"]
+
+
+@pytest.mark.parametrize("environment", ["production", "development"])
+def test_a_record_that_cannot_be_rendered_still_leaves_a_line(
+    environment: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_up_alone(environment)
+    log.info("%s", Unprintable())
+    log.info("field", extra={"fields": {"value": Unprintable()}})
+    log.info("no mapping", extra={"fields": ["a", "list"]})
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert "gateway.test cannot be rendered: RuntimeError" in first
+    assert "gateway.test cannot be rendered" in second
+    assert "no mapping" in third
+
+
+def test_a_closed_stderr_is_no_error() -> None:
+    stream = io.StringIO()
+    handler = LineHandler(stream, json_line)
+    stream.close()
+    handler.emit(record())
+
+
+# --- setting up ---------------------------------------------------------------------------------------------------
+
+
+def test_setting_up_twice_writes_each_line_once(capsys: pytest.CaptureFixture[str]) -> None:
+    logging.getLogger().addHandler(logging.StreamHandler(sys.stderr))
+    setup("debug", "development")
+    setup("info", "production")
+    log.info("once")
+    log.debug("never")
+    assert [orjson.loads(line)["message"] for line in capsys.readouterr().err.splitlines()] == ["once"]
+
+
+def test_handlers_of_others_stay(caplog: pytest.LogCaptureFixture) -> None:
+    setup("info", "production")
+    log.info("seen by both")
+    assert "seen by both" in caplog.text
+
+
+def test_warnings_are_lines_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        setup("info", "production")
+        warnings.warn("careful", stacklevel=1)
+        logging.captureWarnings(False)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"test_logs\.py:\d+: UserWarning: careful$", orjson.loads(line)["message"])
+
+
+def test_aiohttps_access_log_is_off() -> None:
+    setup("debug", "production")
+    assert not logging.getLogger("aiohttp.access").isEnabledFor(logging.INFO)
+
+
+# --- the line of an exchange --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exchange() -> Exchange:
+    chat = parse_chat(b'{"model":"fast","messages":[{"role":"user","content":"the prompt"}],"stream":true}')
+    provider = Provider("example", "openai", "https://provider.example/v1", api_key="sk-secret")
+    now = monotonic()
+    return Exchange(
+        id="r1",
+        started=now - 2,
+        client_request_id="c1",
+        principal=Principal("0123456789AB", "aig_0123456789AB", "laptop", "account", "member"),
+        user_id="u1",
+        app_id="a1",
+        own_credential="sk-own",
+        chat=chat,
+        target=Target(provider, "gpt-x", credential="sk-secret"),
+        model="fast",
+        outcome="ok",
+        status=200,
+        first_byte=now - 1.75,
+        ended=now - 0.5,
+    )
+
+
+def test_the_line_of_an_exchange_has_these_fields_in_this_order(exchange: Exchange) -> None:
+    fields = exchange_fields(exchange, Usage(10, 4), "provider")
+    assert list(fields.items()) == [
+        ("request_id", "r1"),
+        ("client_request_id", "c1"),
+        ("model", "fast"),
+        ("provider", "example"),
+        ("status", 200),
+        ("latency_ms", 1500),
+        ("ttft_ms", 250),
+        ("prompt_tokens", 10),
+        ("completion_tokens", 4),
+        ("total_tokens", 14),
+        ("usage_source", "provider"),
+        ("key", "aig_0123456789AB"),
+        ("user_id", "u1"),
+        ("app_id", "a1"),
+        ("outcome", "ok"),
+        ("error_code", None),
+        ("stream", True),
+    ]
+
+
+def test_the_line_of_an_exchange_has_no_prompt_and_no_key(exchange: Exchange) -> None:
+    made = record("POST", fields=exchange_fields(exchange, None, ""))
+    for line in (json_line(made), readable(made)):
+        assert "the prompt" not in line
+        assert "sk-" not in line
+
+
+def test_a_request_that_was_refused_at_the_door_has_a_line_with_what_is_known() -> None:
+    fields = exchange_fields(Exchange(id="r2", status=401, error_code="invalid_api_key"), None, "")
+    assert "client_request_id" not in fields
+    assert fields["latency_ms"] >= 0
+    known = {name: value for name, value in fields.items() if value is not None and name != "latency_ms"}
+    assert known == {"request_id": "r2", "status": 401, "outcome": "interrupted", "error_code": "invalid_api_key"}
+
+
+def test_a_stream_that_runs_backwards_in_time_took_no_time(exchange: Exchange) -> None:
+    early = replace(exchange, first_byte=exchange.started - 1, ended=exchange.started - 1)
+    fields = exchange_fields(early, None, "")
+    assert (fields["latency_ms"], fields["ttft_ms"]) == (0, 0)
