@@ -43,12 +43,15 @@ PYTHON = $(shell for name in $(BIN)/python python3 python3.11 python3.12 python3
 
 NEEDS_PYTHON = test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed."; exit 1; }
 
+# Root on a Debian may install what is missing; others are told.
+APT = test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get update -qq && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends ca-certificates $(1) > /dev/null
+
 # Debian keeps the part of Python that makes environments in a package of its own.
 .venv/bin/pip:
 	@$(NEEDS_PYTHON)
 	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
-		test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends python3-venv > /dev/null; \
+		$(call APT,python3-venv); \
 	} || { echo "$(PYTHON) cannot make environments: install its venv package (Debian: apt install python3-venv)."; exit 1; }
 	$(PYTHON) -m venv --clear .venv
 
@@ -59,9 +62,12 @@ NEEDS_PYTHON = test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed."; 
 	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-.venv/.test: requirements-test.lock .venv/.run
+# Node comes in a wheel; the npm SDK is installed by its own lock. curl is the one program taken from the machine.
+.venv/.test: requirements-test.lock tests/acceptance/node/package-lock.json .venv/.run
 	@echo "Installing the tests' dependencies into .venv (half a minute, once)."
 	$(PIP) --require-hashes -r requirements-test.lock
+	cd tests/acceptance/node && PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --silent --no-audit --no-fund
+	@command -v curl > /dev/null || { $(call APT,curl); } || { echo "curl is needed for the tests: please install it."; exit 1; }
 	@touch $@
 
 lock: .venv/.run ## resolve the dependencies anew (UPGRADE=--upgrade takes newer ones)

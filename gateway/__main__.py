@@ -82,13 +82,18 @@ def _add_serve(commands: Commands) -> None:
 def _serve(arguments: argparse.Namespace, settings: Settings) -> int:
     import msgspec
 
-    from gateway.app import serve
+    from gateway.app import StartError, serve
     from gateway.logs import setup
 
     changes = {name: value for name in ("host", "port") if (value := getattr(arguments, name)) is not None}
     settings = msgspec.structs.replace(settings, **changes)
     setup(settings.log_level, settings.environment)
-    return serve(settings, os.environ, lambda address: print(f"gateway: ready on {address}/v1", flush=True))
+    try:
+        serve(settings, os.environ, lambda address: print(f"gateway: ready on {address}/v1", flush=True))
+    except StartError as error:
+        print(f"gateway: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _add_mock(commands: Commands) -> None:
@@ -97,7 +102,7 @@ def _add_mock(commands: Commands) -> None:
     parser = commands.add_parser(
         "mock",
         help="run a provider that answers without the internet",
-        description="Run the mock provider: OpenAI, Anthropic and Ollama wire formats, for demos, tests and benchmarks.",
+        description="Run the mock provider: it speaks OpenAI's, Anthropic's and Ollama's wire formats.",
         epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -211,7 +216,7 @@ def _add_migrate(commands: Commands) -> None:
     parser = commands.add_parser(
         "migrate",
         help="bring the database's tables up to date",
-        description="Apply the migrations that are missing. `gateway serve` does so by itself; several at once are safe.",
+        description="Apply the migrations that are missing, as `gateway serve` does. Several at once are safe.",
     )
     _add_json(parser)
     parser.set_defaults(run=_migrate)
@@ -235,7 +240,7 @@ def _add_users(commands: Commands) -> None:
     create = actions.add_parser(
         "create",
         help="create an account",
-        description="Create an account. The first one is the admin. The password is asked for, or read from standard input.",
+        description="Create an account. The first one is the admin. The password is read from standard input.",
     )
     create.add_argument("email")
     _add_json(create)
@@ -268,7 +273,9 @@ def _account(account: "Account") -> dict[str, Any]:
 
 
 def _add_keys(commands: Commands) -> None:
-    parser = commands.add_parser("keys", help="list, create and revoke keys", description="Keys of the gateway's clients.")
+    parser = commands.add_parser(
+        "keys", help="list, create and revoke keys", description="Keys of the gateway's clients."
+    )
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="all keys, never a secret", description="List all keys, never a secret.")
     _add_json(listing)

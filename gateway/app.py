@@ -5,7 +5,6 @@ import gc
 import logging
 import os
 import signal
-import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -30,7 +29,7 @@ from gateway.settings import Settings, SettingsError, load_routes
 from gateway.stores.accounts import AccountStore
 from gateway.stores.keys import KeyStore, load_pepper
 from gateway.stores.limits import Limiter, connect_redis
-from gateway.stores.migrations import migrate
+from gateway.stores.migrations import MigrationError, migrate
 from gateway.stores.usage import UsageStore
 from gateway.upstream import Upstream
 
@@ -72,7 +71,7 @@ Context = Callable[[web.Application], AsyncIterator[None]]
 
 @asynccontextmanager
 async def open_database(settings: Settings) -> AsyncIterator[tuple[str, str]]:
-    """Addresses of Postgres and Redis: the ones that were given, else of the embedded pair, for as long as it is open."""
+    """Addresses of Postgres and Redis: the given ones, else those of the embedded pair, while this is open."""
     if settings.database_url and settings.redis_url:
         yield settings.database_url, settings.redis_url
         return
@@ -301,16 +300,18 @@ def check_runtime() -> None:
         raise SettingsError(f"aiohttp 3.14.5 or later is required, this is {aiohttp.__version__}")
 
 
-def serve(settings: Settings, environ: Mapping[str, str], ready: Callable[[str], None]) -> int:
-    """Serve until SIGTERM; the exit status. `ready` is called with the address once it answers."""
+class StartError(Exception):
+    """One line that says what the gateway needs and cannot have."""
+
+
+def serve(settings: Settings, environ: Mapping[str, str], ready: Callable[[str], None]) -> None:
+    """Serve until SIGTERM. `ready` is called with the address once it answers.
+
+    Raises SettingsError, or StartError for a dependency or a port that cannot be had.
+    """
+    check_runtime()
     try:
-        check_runtime()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(settings, environ, ready))
-    except (SettingsError, EmbeddedError) as error:
-        print(f"gateway: {error}", file=sys.stderr)
-        return 2
-    except (OSError, asyncpg.PostgresError) as error:
-        print(f"gateway: cannot start: {error}", file=sys.stderr)
-        return 1
-    return 0
+    except (EmbeddedError, MigrationError, OSError, asyncpg.PostgresError) as error:
+        raise StartError(f"cannot start: {error}") from None

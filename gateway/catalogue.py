@@ -56,7 +56,7 @@ class Catalogue:
     def models(self, allowed: Sequence[str]) -> list[Model]:
         """Every model that a key with these patterns may ask for by name, aliases first."""
         routes = self.routes
-        found = {alias: "alias" for alias in routes.aliases}
+        found = dict.fromkeys(routes.aliases, "alias")
         for name, provider in routes.providers.items():
             if provider.enabled:
                 for listed in self._listed.get(name, ()):

@@ -63,7 +63,7 @@ class Exchange:
     model: str = ""  # handlers.chat: the model the client asked for
 
     meter: Meter | None = None  # relay, set just before the provider is called: a usage row is due from here on
-    outcome: Outcome = "interrupted"  # relay
+    outcome: Outcome | Literal[""] = ""  # relay; "": no provider was called
     status: int = 0  # relay, or middlewares.errors: the HTTP status the client saw; 0: it saw none
     error_code: str = ""  # relay: code of the error that ended it, also in mid-stream
     first_byte: float = 0.0  # relay: when the model's first text passed, seconds, monotonic; 0: never

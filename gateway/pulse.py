@@ -5,8 +5,8 @@ in the shortest interval and at least once a second, so that a limit of 60 s hol
 """
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from time import monotonic
 
 from aiohttp import web
@@ -63,10 +63,8 @@ class Client:
     async def ping(self) -> None:
         if self.closed or self._writing_since:
             return
-        try:
+        with suppress(ConnectionError):  # the relay is told by its own write, or by its cancellation
             await self.send(PING)
-        except ConnectionError:
-            pass  # the client is gone; the relay is told by its own write or by its cancellation
 
     def check(self, now: float, settings: Settings) -> bool:
         """Enforce the limits; true when a heartbeat is due."""
@@ -130,13 +128,14 @@ class Pulse:
 
     async def drain(self, timeout: float) -> None:
         """Let what is open finish; after `timeout` seconds end the streams with an error event that says why."""
-        deadline = monotonic() + timeout
-        while self.in_flight and monotonic() < deadline:
-            await asyncio.sleep(0.02)
+        await self._until(lambda: not self.in_flight, timeout)
         for client in list(self._clients):
             client.interrupt(ShuttingDown("the gateway is shutting down; please try again"))
-        deadline = monotonic() + 1.0
-        while self._clients and monotonic() < deadline:
+        await self._until(lambda: not self._clients, 1.0)
+
+    async def _until(self, condition: Callable[[], bool], seconds: float) -> None:
+        deadline = monotonic() + seconds
+        while not condition() and monotonic() < deadline:  # noqa: ASYNC110 - a poll, because what it waits for changes in many places
             await asyncio.sleep(0.02)
 
     async def close(self) -> None:

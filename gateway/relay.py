@@ -49,6 +49,7 @@ async def relay(request: web.Request, exchange: Exchange) -> web.StreamResponse:
     attempt = _Attempt(request, exchange, call)
     to_send = attempt.translator.request()  # raises what the dialect cannot express: nothing was sent yet
     attempt.meter = exchange.meter = Meter(prompt_text(chat))
+    exchange.outcome = "interrupted"  # until we know better
     started = monotonic()
     try:
         return await (attempt.stream(to_send) if chat.stream else attempt.unary(to_send))

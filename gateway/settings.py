@@ -37,7 +37,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Literal["development", "production"],
         _doc("`development` offers the built-in mock models and readable logs; `production` neither"),
     ] = "development"
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], _doc("least severe log line written: `debug`, `info`, `warning`, `error`")] = "info"
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        _doc("least severe log line written: `debug`, `info`, `warning`, `error`"),
+    ] = "info"
 
     database_url: Annotated[str, _doc("Postgres; empty: the embedded one in the data folder")] = ""
     redis_url: Annotated[str, _doc("Redis or Valkey; empty: the embedded one in the data folder")] = ""
@@ -79,11 +82,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=1)], _doc("processes that share the limits: each grants 1/N of them while Redis is gone")
     ] = 1
     gateway_on_redis_down: Annotated[
-        Literal["local", "open", "closed"], _doc("limits while Redis is gone: `local` (each process its share), `open` (none), `closed` (503)")
+        Literal["local", "open", "closed"],
+        _doc("limits while Redis is gone: `local` (each process its share), `open` (none), `closed` (503)"),
     ] = "local"
 
     gateway_registration: Annotated[
-        Literal["open", "closed"], _doc("`open`: anybody may register; `closed`: the first account alone, which is the admin")
+        Literal["open", "closed"],
+        _doc("`open`: anybody may register; `closed`: the first account alone, which is the admin"),
     ] = "open"
     gateway_key_pepper: Annotated[
         str, _doc("secret that keys' digests are made with; empty: one kept in the database")
@@ -179,9 +184,7 @@ def _read_config(name: str, text: str) -> ConfigFile:
         raise SettingsError(f"{name}: {path.rstrip('`')}: {problem}" if path else f"{name}: {problem}") from None
 
 
-def _provider(
-    name: str, row: ProviderRow, settings: Settings, environ: Mapping[str, str], own: ConfigFile
-) -> Provider:
+def _provider(name: str, row: ProviderRow, settings: Settings, environ: Mapping[str, str], own: ConfigFile) -> Provider:
     address = _address(name, row, settings, own)
     key = environ.get(row.api_key_env, "").strip() if row.api_key_env else ""
     headers = dict(row.headers)
@@ -215,15 +218,13 @@ def _address(name: str, row: ProviderRow, settings: Settings, own: ConfigFile) -
         url += "" if parts.path else "/v1"  # an OpenAI-compatible server's address ends in it; a bare host is a slip
     else:
         url = url.removesuffix("/v1")  # not a part of these addresses, but people write it all the same
-    return Address(url, given=bool(given) or name in own.providers and not row.needs_key)
+    return Address(url, given=bool(given) or (name in own.providers and not row.needs_key))
 
 
 def describe() -> list[dict[str, Any]]:
     """One row a setting: variable, default, meaning. The README's table is compared with it."""
-    rows = []
-    for info in msgspec.inspect.type_info(Settings).fields:  # type: ignore[attr-defined]
-        rows.append({"name": info.name.upper(), "default": info.default, "meaning": _meaning(info.type)})
-    return rows
+    fields = msgspec.inspect.type_info(Settings).fields  # type: ignore[attr-defined]
+    return [{"name": field.name.upper(), "default": field.default, "meaning": _meaning(field.type)} for field in fields]
 
 
 def _meaning(kind: Any) -> str:

@@ -88,7 +88,7 @@ class Answer:
 
 
 class _Drain:
-    """Reads the few bytes between a stream's last word and the end of its body, so that the connection can be reused."""
+    """Reads what is between a stream's last word and the end of its body, so that the connection can be reused."""
 
     LIMIT = 0.1  # seconds; a provider that keeps the body open longer loses the connection
 

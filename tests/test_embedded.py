@@ -221,11 +221,13 @@ def test_the_folder_stays_locked_until_the_last_server_is_gone(folder: Path, mon
     with gateway(folder) as (process, _, _):
         postgres = int((folder / "postgres" / "postmaster.pid").read_text().split("\n")[0])
         os.kill(postgres, signal.SIGSTOP)
-        process.kill()
-        process.wait()
-        with pytest.raises(EmbeddedError, match="in use"):
-            Embedded(folder, postgres=True, redis=True).start()
-        os.kill(postgres, signal.SIGCONT)
+        try:
+            process.kill()
+            process.wait()
+            with pytest.raises(EmbeddedError, match="in use"):
+                Embedded(folder, postgres=True, redis=True).start()
+        finally:
+            os.kill(postgres, signal.SIGCONT)
     wait_until_unlocked(folder)
 
 

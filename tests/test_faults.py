@@ -13,7 +13,7 @@ import pytest
 
 from gateway import appkeys
 from gateway.logs import setup
-from tests.support.gateway import MODELS, Gateway, chat_body, read_events, running_gateway
+from tests.support.gateway import MODELS, Gateway, chat_body, running_gateway
 from tests.support.proxy import Proxy, proxied_postgres, proxied_redis
 
 pytestmark = pytest.mark.integration
@@ -186,7 +186,15 @@ async def _use_in_every_way(gateway: Gateway, headers: dict[str, str], shown: li
     url = f"{gateway.base_url}/chat/completions"
     async with aiohttp.ClientSession(headers=headers) as client:
         for model in MODELS.values():
-            for query in ("", "status=401", "status=400", "status=500", "fault=cut", "fault=broken_json", "fault=garbage"):
+            for query in (
+                "",
+                "status=401",
+                "status=400",
+                "status=500",
+                "fault=cut",
+                "fault=broken_json",
+                "fault=garbage",
+            ):
                 for stream in (False, True):
                     body = chat_body(f"{model}?{query}" if query else model, PROMPT, stream=stream)
                     async with client.post(url, json=body) as response:

@@ -11,11 +11,11 @@ from gateway.identity import MAX_CREDENTIAL, find_key, identify
 from gateway.protocol.errors import GatewayError, InvalidRequest, RateLimited, Unauthenticated, Unavailable
 from gateway.stores.failures import Failures
 from gateway.stores.keys import KeyStore
-from gateway.stores.tokens import make_token
+from gateway.stores.tokens import join_token
 
 pytestmark = pytest.mark.unit
 
-KEY, OTHER = make_token(), make_token()
+KEY, OTHER = join_token("0" * 12, "1" * 43), join_token("0" * 12, "2" * 43)
 PRINCIPAL = Principal("0" * 12, "aig_" + "0" * 12, "laptop", "account", "member")
 
 

@@ -43,7 +43,9 @@ MALFORMED: dict[str, bytes] = {
     "lone surrogate": b'{"model":"openai/mock-gpt","messages":[{"role":"user","content":"\\ud800"}]}',
     "NaN": b'{"model":"openai/mock-gpt","messages":[{"role":"user","content":"x"}],"temperature":NaN}',
     "Infinity": b'{"model":"openai/mock-gpt","messages":[{"role":"user","content":"x"}],"temperature":Infinity}',
-    "5,000 digits": b'{"model":"openai/mock-gpt","messages":[{"role":"user","content":"x"}],"seed":' + b"1" * 5000 + b"}",
+    "5,000 digits": b'{"model":"openai/mock-gpt","messages":[{"role":"user","content":"x"}],"seed":'
+    + b"1" * 5000
+    + b"}",
     "duplicate key": b'{"model":"openai/mock-gpt","model":"gpt-4o","messages":[{"role":"user","content":"x"}]}',
     "duplicate key behind an escape": b'{"model":"openai/mock-gpt","\\u006dodel":"gpt-4o","messages":[{"role":"user","content":"x"}]}',
     "nested duplicate key": b'{"model":"openai/mock-gpt","messages":[{"role":"user","role":"system","content":"x"}]}',
@@ -74,7 +76,10 @@ MALFORMED: dict[str, bytes] = {
     "tool_calls object": with_message({"role": "assistant", "tool_calls": {}}),
     "tool_call without id": with_message({"role": "assistant", "tool_calls": [{"type": "function"}]}),
     "tool_call arguments object": with_message(
-        {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": {"name": "f", "arguments": {}}}]}
+        {
+            "role": "assistant",
+            "tool_calls": [{"id": "a", "type": "function", "function": {"name": "f", "arguments": {}}}],
+        }
     ),
     "stream string": with_fields(stream="yes"),
     "stream number": with_fields(stream=1),
@@ -177,7 +182,12 @@ async def test_a_body_that_dribbles_is_cut_by_a_timer(database_url: str, redis_u
 
 async def test_no_key_a_wrong_key_and_a_key_in_the_wrong_place_are_401(gateway: Gateway) -> None:
     wrong = gateway.api_key[:-1] + ("a" if gateway.api_key[-1] != "a" else "b")
-    for headers in ({}, {"Authorization": f"Bearer {wrong}"}, {"Authorization": "Bearer sk-123"}, {"Cookie": gateway.api_key}):
+    for headers in (
+        {},
+        {"Authorization": f"Bearer {wrong}"},
+        {"Authorization": "Bearer sk-123"},
+        {"Cookie": gateway.api_key},
+    ):
         async with (
             aiohttp.ClientSession(headers=headers) as client,
             client.post(f"{gateway.base_url}/chat/completions", data=b"{}") as response,
@@ -289,7 +299,9 @@ async def test_limits_are_told_in_the_headers_of_every_answer(gateway: Gateway) 
     key = await gateway.new_key(requests_per_minute=3)
     async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {key}"}) as client:
         for remaining in ("2", "1", "0"):
-            async with client.post(f"{gateway.base_url}/chat/completions", json=chat_body(MODELS["openai"])) as response:
+            async with client.post(
+                f"{gateway.base_url}/chat/completions", json=chat_body(MODELS["openai"])
+            ) as response:
                 assert response.status == 200
                 assert response.headers["x-ratelimit-limit-requests"] == "3"
                 assert response.headers["x-ratelimit-remaining-requests"] == remaining

@@ -4,28 +4,15 @@ import asyncio
 import sys
 from pathlib import Path
 from time import monotonic
-from typing import Any
 
 import aiohttp
 import asyncpg
 import pytest
 
 from tests.support.gateway import chat_body
-from tests.support.process import Served, serving
+from tests.support.process import Served, new_key, serving
 
 pytestmark = pytest.mark.integration
-
-
-async def new_key(served: Served, **limits: Any) -> str:
-    login = {"email": "admin@example.com", "password": "correct horse battery"}
-    async with aiohttp.ClientSession() as client:
-        async with client.post(f"{served.root_url}/auth/register", json=login) as response:
-            assert response.status in (201, 409)
-        body = {**login, "key_name": "test", "requests_per_minute": 0, "concurrent_requests": 0, **limits}
-        async with client.post(f"{served.root_url}/auth/keys", json=body) as response:
-            assert response.status == 201, await response.text()
-            key: str = (await response.json())["api_key"]
-            return key
 
 
 async def test_sigterm_lets_open_streams_finish_flushes_usage_and_exits_0(database_url: str, redis_url: str) -> None:

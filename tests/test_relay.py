@@ -63,7 +63,8 @@ ANTHROPIC_PIECES = [
     b'event: content_block_stop\ndata: {"type":"content_block_stop","index":0}\n\nevent: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn","stop_sequence":null},"usage":{"output_tokens":2}}\n\nevent: message_stop\ndata: {"type":"message_stop"}\n\n',
 ]
 OLLAMA_PIECES = [
-    b'{"model":"m","created_at":"2026-11-01T00:00:00Z","message":{"role":"assistant","content":"%d"},"done":false}\n' % n
+    b'{"model":"m","created_at":"2026-11-01T00:00:00Z","message":{"role":"assistant","content":"%d"},"done":false}\n'
+    % n
     for n in range(3)
 ] + [
     b'{"model":"m","created_at":"2026-11-01T00:00:00Z","message":{"role":"assistant","content":""},"done":true,"done_reason":"stop","prompt_eval_count":3,"eval_count":3}\n'
@@ -125,7 +126,7 @@ async def test_the_usage_chunk_comes_only_to_those_who_asked(
     gateway: Gateway, client: aiohttp.ClientSession, dialect: str
 ) -> None:
     for asked in (None, False, True):
-        options = {} if asked is None else {"stream_options": {"include_usage": asked}}
+        options: dict[str, Any] = {} if asked is None else {"stream_options": {"include_usage": asked}}
         async with client.post(url(gateway), json=chat_body(MODELS[dialect], stream=True, **options)) as response:
             events = await read_events(response)
         assert events[-1] == "[DONE]"
@@ -406,9 +407,7 @@ async def test_a_reader_that_stops_is_dropped_and_others_go_on(database_url: str
         writer.write(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
         assert b" 200 " in await reader.readline()
         writer.transport.pause_reading()  # type: ignore[attr-defined]
-        took = await until(
-            lambda: gateway.calls and gateway.calls[-1].client_gone_at is not None, seconds=10
-        )
+        took = await until(lambda: gateway.calls and gateway.calls[-1].client_gone_at is not None, seconds=10)
         assert took < 8
         writer.close()
         [row] = await gateway.rows()
@@ -507,5 +506,3 @@ async def test_every_response_says_which_request_it_answers_and_who_answered(
         assert response.status == 404
         assert response.headers["X-Request-Id"]
         assert (await response.json())["error"]["code"] == "unknown_url"
-
-

@@ -37,7 +37,9 @@ def test_the_defaults_are_the_documented_ones() -> None:
 
 
 def test_values_are_read_by_their_type() -> None:
-    settings = load_settings({"PORT": "8080", "GATEWAY_OWN_CREDENTIAL": "false", "GATEWAY_HEARTBEAT": "2.5", "LOG_LEVEL": "DEBUG"})
+    settings = load_settings(
+        {"PORT": "8080", "GATEWAY_OWN_CREDENTIAL": "false", "GATEWAY_HEARTBEAT": "2.5", "LOG_LEVEL": "DEBUG"}
+    )
     assert (settings.port, settings.gateway_own_credential, settings.gateway_heartbeat) == (8080, False, 2.5)
     assert settings.log_level == "debug"
 

@@ -12,6 +12,8 @@ from gateway.mock.log import Received
 from gateway.mock.plays import Play
 
 HIGH_WATER = 64 << 10  # bytes that wait for a slow reader before its stream pauses, as in asyncio's own transports
+# What the other side has not read when a reset comes is lost to most clients, so it gets this long to read it.
+READING = 0.02  # seconds
 GARBAGE = b"\x16\x03\x01\x00\x02 this is not HTTP\r\n\r\n"
 UNANSWERED = frozenset({"close_before_headers", "reset_before_headers", "garbage"})
 _KEPT = frozenset({"keep", "reset_after_reply", "reset_on_reuse"})  # endings that come after a whole body
@@ -118,6 +120,7 @@ class Performance:
                 transport.close()
             case "reset" | "reset_after_reply":
                 await flush(transport)
+                await asyncio.sleep(READING)
                 reset(transport)
         self.received.phase, self.received.finished = "ended", True
 

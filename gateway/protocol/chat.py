@@ -1,7 +1,7 @@
 """A chat request as the client sent it, checked whole before anything is sent anywhere.
 
 Source of the fields and their types: the OpenAI API's `CreateChatCompletionRequest`
-(https://github.com/openai/openai-openapi). Fields that are not named here pass to OpenAI-compatible providers as they are.
+(https://github.com/openai/openai-openapi). Fields that are not named here pass to OpenAI-shaped providers as they are.
 """
 
 import json
@@ -131,7 +131,7 @@ def parse_chat(body: bytes) -> ChatRequest:
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in `body`. What it means is what any other parser reads in it: no duplicate keys, NaN or surrogates."""
+    """The JSON object in `body`, in which every parser reads the same: no duplicate keys, NaN or lone surrogates."""
     try:
         parsed = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -376,7 +376,7 @@ _space = json.decoder.WHITESPACE.match  # type: ignore[attr-defined]
 
 
 def edit_object(body: bytes, changes: Mapping[str, Any]) -> bytes:
-    """`body`, a JSON object without duplicate keys, with some top-level values replaced or added; all other bytes stay."""
+    """`body`, a JSON object without duplicate keys, with top-level values replaced or added; other bytes stay."""
     text = body.decode("utf-8")
     spans = _value_spans(text)
     edits = sorted((spans[name], value) for name, value in changes.items() if name in spans)

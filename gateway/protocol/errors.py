@@ -12,7 +12,7 @@ import orjson
 
 
 class GatewayError(Exception):
-    """An error with an OpenAI error object; `message` is shown to the client, so it never quotes a secret or a prompt."""
+    """An error with an OpenAI error object. `message` is for the client: it never quotes a secret or a prompt."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"

@@ -1,7 +1,7 @@
 """Counts what passes while a stream runs, so that live figures move with the tokens.
 
 The provider's own usage replaces the count as soon as it comes. Until then a token is taken as four bytes of text, the
-usual figure for English in OpenAI's vocabularies (https://platform.openai.com/tokenizer); the row then says `estimated`.
+usual figure for English in OpenAI's vocabularies (https://platform.openai.com/tokenizer); the row says `estimated`.
 """
 
 from collections.abc import Iterable

@@ -9,7 +9,7 @@ from gateway.protocol.errors import ModelNotFound
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """Who answers, and in which dialect. Everything a vendor does differently is a field here, never a branch in code."""
+    """Who answers, and in which dialect. What a vendor does differently is a field here, never a branch in code."""
 
     name: str
     dialect: str  # a name in DIALECTS: openai, anthropic, ollama

@@ -23,8 +23,8 @@
 
 local GRANTED, REQUESTS, CONCURRENT, ALL_REQUESTS = 0, 1, 2, 3
 
--- Nodes that fail over to each other are less than this apart. Scores further in the future were written before the
--- clock was set back: they are dropped, or their key would be locked out until the clock has caught up.
+-- Servers that fail over to each other are less than this apart. Scores further in the future were written before the
+-- clock was set back: they are dropped when they fill a limit, or it would stay full until the clock has caught up.
 local CLOCK_SKEW = 30 * 1000000 -- µs
 
 local clock = redis.call("TIME")
@@ -32,19 +32,19 @@ local now = tonumber(clock[1]) * 1000000 + tonumber(clock[2])
 local window, lease, all_limit = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local ALL, REQUESTS_OF, LEASES_OF = "aig:limits:requests", "aig:limits:requests:", "aig:limits:leases:"
 
--- Members whose score is over the one and at most the other; the rest is removed.
-local function count(key, ended, latest)
+local function count(key, limit, ended, latest)
   redis.call("ZREMRANGEBYSCORE", key, "-inf", ended)
-  redis.call("ZREMRANGEBYSCORE", key, latest + 1, "+inf")
-  return redis.call("ZCARD", key)
+  local members = redis.call("ZCARD", key)
+  if members < limit then return members end
+  return members - redis.call("ZREMRANGEBYSCORE", key, latest + 1, "+inf")
 end
 
-local function count_requests(key)
-  return count(key, now - window, now + CLOCK_SKEW)
+local function count_requests(key, limit)
+  return limit > 0 and count(key, limit, now - window, now + CLOCK_SKEW) or 0
 end
 
-local function count_leases(key)
-  return count(key, now, now + lease + CLOCK_SKEW)
+local function count_leases(key, limit)
+  return limit > 0 and count(key, limit, now, now + lease + CLOCK_SKEW) or 0
 end
 
 -- µs until the request of that rank, oldest first, leaves the window.
@@ -63,14 +63,14 @@ local function renew(leases, id)
 end
 
 local function admit(requests, leases, id, limit, concurrent)
-  local taken = limit > 0 and count_requests(requests) or 0
+  local taken = count_requests(requests, limit)
   if limit > 0 and taken >= limit then
     return REQUESTS, 0, ends_in(requests, -1), ends_in(requests, taken - limit)
   end
-  if concurrent > 0 and count_leases(leases) >= concurrent then
+  if concurrent > 0 and count_leases(leases, concurrent) >= concurrent then
     return CONCURRENT, 0, 0, 0 -- nobody knows when a request ends
   end
-  local all_taken = all_limit > 0 and count_requests(ALL) or 0
+  local all_taken = count_requests(ALL, all_limit)
   if all_limit > 0 and all_taken >= all_limit then
     return ALL_REQUESTS, 0, ends_in(ALL, -1), ends_in(ALL, all_taken - all_limit)
   end

@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from time import monotonic
 from typing import Any
 
@@ -97,7 +98,7 @@ async def test_curl_shows_tokens_as_they_come(gateway: Gateway) -> None:
         if b'"content":"' in line.replace(b'"content":""', b""):
             arrived.append(monotonic())
     await process.wait()
-    gaps = [later - earlier for earlier, later in zip(arrived, arrived[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(arrived)]
     assert len(gaps) >= 7
     assert max(gaps) < 0.3, "tokens came in bursts"
     assert arrived[-1] - arrived[0] > 0.5, "tokens came all at once"

@@ -575,19 +575,27 @@ async def test_a_key_that_may_have_been_revoked_is_not_served_without_postgres(
     assert isinstance(await refusal(store.verify(key.token)), Unavailable)
 
 
-async def test_a_client_that_leaves_while_it_revokes_is_obeyed(
-    pool: asyncpg.Pool, account: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
+async def test_what_a_client_asked_for_before_it_left_holds(
+    store: KeyStore, account: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = make_store(pool, clock)
+    """Its request is cancelled just after the commit."""
+
+    def leave_after(name: str) -> None:
+        work = getattr(key_rows, name)
+
+        async def left(*arguments: Any) -> None:
+            await work(*arguments)
+            raise asyncio.CancelledError
+
+        monkeypatch.setattr(key_rows, name, left)
+
+    leave_after("update_key")
+    leave_after("revoke_key")
     key = await add_key(store, account)
     await store.verify(key.token)
-    revoke = key_rows.revoke_key
-
-    async def left_after_the_commit(*arguments: Any) -> None:
-        await revoke(*arguments)
-        raise asyncio.CancelledError
-
-    monkeypatch.setattr(key_rows, "revoke_key", left_after_the_commit)
+    with pytest.raises(asyncio.CancelledError):
+        await store.change(key.id, account, KeyChanges(requests_per_minute=7))
+    assert (await store.verify(key.token)).requests_per_minute == 7
     with pytest.raises(asyncio.CancelledError):
         await store.revoke(key.id, account)
     assert isinstance(await refusal(store.verify(key.token)), Unauthenticated)

@@ -584,7 +584,7 @@ async def test_the_pause_between_probes_grows_and_then_stays(server: Server, mon
         await until(lambda: len(failed_at) == 12)
     pauses = [later - earlier for earlier, later in pairwise(failed_at)]
     for pause, least in zip(pauses, [0.01, 0.02, 0.04, *[0.05] * 8], strict=True):
-        assert pause >= least
+        assert pause > least - 0.002  # what the loop rounds
     assert sum(pauses) < 5  # without an end they would add up to 20
 
 

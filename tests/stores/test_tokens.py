@@ -31,18 +31,18 @@ def test_a_key_is_read_back_as_its_parts(key_id: str, secret: str) -> None:
     assert parse_token(join_token(key_id, secret)) == Token(key_id, secret)
 
 
-@pytest.mark.parametrize("at", range(TOKEN_LENGTH))
-def test_one_wrong_character_anywhere_is_seen_without_a_look_up(at: int) -> None:
+def test_one_wrong_character_anywhere_is_seen_without_a_look_up() -> None:
     token = make_token()
-    other = "A" if token[at] != "A" else "B"
-    assert parse_token(token[:at] + other + token[at + 1 :]) is None
+    for at in range(TOKEN_LENGTH):
+        other = "A" if token[at] != "A" else "B"
+        assert parse_token(token[:at] + other + token[at + 1 :]) is None
 
 
-@pytest.mark.parametrize("at", range(4, TOKEN_LENGTH - 1))
-def test_two_swapped_characters_are_seen(at: int) -> None:
+def test_two_swapped_characters_are_seen() -> None:
     token = make_token()
-    swapped = token[:at] + token[at + 1] + token[at] + token[at + 2 :]
-    assert swapped == token or parse_token(swapped) is None
+    for at in range(4, TOKEN_LENGTH - 1):
+        swapped = token[:at] + token[at + 1] + token[at] + token[at + 2 :]
+        assert swapped == token or parse_token(swapped) is None
 
 
 @pytest.mark.parametrize(

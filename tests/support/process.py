@@ -9,6 +9,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
+from typing import Any
+
+import aiohttp
 
 
 @dataclass
@@ -61,3 +64,15 @@ async def serving(environ: Mapping[str, str], *, coverage: bool = True) -> Async
             except TimeoutError:
                 process.kill()
                 await process.wait()
+
+
+async def new_key(served: Served, **limits: Any) -> str:
+    login = {"email": "admin@example.com", "password": "correct horse battery"}
+    async with aiohttp.ClientSession() as client:
+        async with client.post(f"{served.root_url}/auth/register", json=login) as response:
+            assert response.status in (201, 409)
+        body = {**login, "key_name": "test", "requests_per_minute": 0, "concurrent_requests": 0, **limits}
+        async with client.post(f"{served.root_url}/auth/keys", json=body) as response:
+            assert response.status == 201, await response.text()
+            key: str = (await response.json())["api_key"]
+            return key

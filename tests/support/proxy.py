@@ -66,7 +66,9 @@ async def proxied_postgres(url: str) -> AsyncIterator[tuple[Proxy, str]]:
     parts = urlsplit(url)
     query = parse_qs(parts.query)
     folder = query.get("host", [""])[0]
-    target = f"{folder}/.s.PGSQL.{query.get('port', ['5432'])[0]}" if folder else f"{parts.hostname}:{parts.port or 5432}"
+    target = (
+        f"{folder}/.s.PGSQL.{query.get('port', ['5432'])[0]}" if folder else f"{parts.hostname}:{parts.port or 5432}"
+    )
     proxy = Proxy(target)
     await proxy.start()
     user = parts.username or "postgres"

@@ -31,7 +31,9 @@ class StandIn:
 
 
 @asynccontextmanager
-async def standing_in(pieces: Sequence[bytes], pause: float = 0, content_type: str = "text/event-stream") -> AsyncIterator[StandIn]:
+async def standing_in(
+    pieces: Sequence[bytes], pause: float = 0, content_type: str = "text/event-stream"
+) -> AsyncIterator[StandIn]:
     provider = StandIn(pieces, pause, content_type)
     app = web.Application()
     app.router.add_post("/{path:.*}", provider.answer)

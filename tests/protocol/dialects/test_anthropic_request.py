@@ -9,14 +9,12 @@ import orjson
 import pytest
 
 from gateway.protocol.chat import parse_chat
-from gateway.protocol.dialects.anthropic_request import (
-    MAX_TOKENS_UNSTREAMED,
-    legal_name,
-    messages_body,
-    offered_tools,
-    plain_schema,
-    traits_of,
-)
+from gateway.protocol.dialects.anthropic.models import traits_of
+from gateway.protocol.dialects.anthropic.names import legal_name
+from gateway.protocol.dialects.anthropic.request import messages_body
+from gateway.protocol.dialects.anthropic.schema import plain_schema
+from gateway.protocol.dialects.anthropic.thinking import MAX_TOKENS_UNSTREAMED
+from gateway.protocol.dialects.anthropic.tools import offered_tools
 from gateway.protocol.errors import InvalidRequest, UnsupportedParameter
 
 pytestmark = pytest.mark.unit

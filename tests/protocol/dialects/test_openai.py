@@ -498,7 +498,10 @@ def test_a_rejection_is_passed_on_with_all_it_says(status: int) -> None:
         ({"errors": [{"code": 5006, "message": "no"}], "success": False}, "no"),  # Cloudflare
         ({"error": {"message": "bad", "metadata": {"raw": '{"error":{"message":"no"}}'}}}, "bad: no"),  # OpenRouter
         ({"error": {"message": "bad", "metadata": {"raw": "no"}}}, "bad: no"),
+        ({"error": {"message": "bad", "metadata": {"raw": ""}}}, "bad"),
+        ({"error": {"message": "bad", "metadata": {"raw": {"error": "no"}}}}, "bad"),
         ({"error": {"message": "x" * 5000}}, "x" * 2000),
+        ({"error": {"message": "a\nb"}}, "a\nb"),
         ({"error": {"message": "  a\u0000b\n"}}, "ab"),
         ({"error": {}}, "the provider answered 400"),
         ({"error": {"error": {"error": {"error": {"error": {"message": "no"}}}}}}, "the provider answered 400"),
@@ -518,6 +521,9 @@ def test_every_vendors_error_is_understood(body: Any, message: str) -> None:
     [
         ({"error": {"code": "RateLimitReached"}}, "RateLimitReached"),
         ({"error": {"code": 400, "status": "INVALID_ARGUMENT"}}, "INVALID_ARGUMENT"),
+        ({"error": {"code": None, "status": "INVALID_ARGUMENT"}}, "INVALID_ARGUMENT"),
+        ({"error": {"code": "too_long", "status": "INVALID_ARGUMENT"}}, "too_long"),
+        ({"error": {"code": "x" * 200}}, "x" * 128),
         ({"code": "invalid-argument", "error": "no"}, "invalid-argument"),
         ({"error": {"code": "400"}}, "upstream_error"),
         ({"error": {"code": True}}, "upstream_error"),

@@ -9,15 +9,22 @@ Rule 3: what Ollama did not count stays unknown (None). A client that asked for 
 shows it; when Ollama counted nothing at all, the client gets no usage.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from typing import Any, NamedTuple, TypeVar
-
-import orjson
+from typing import Any
 
 from gateway.protocol.chat import Call, Chunk, Reply, UpstreamRequest
-from gateway.protocol.dialects.ollama_request import build_body
+from gateway.protocol.dialects.ollama.lines import (
+    UNREADABLE,
+    NotOllamaError,
+    Said,
+    dumps,
+    loads,
+    logprobs_of,
+    object_of,
+    typed,
+)
+from gateway.protocol.dialects.ollama.request import build_body
 from gateway.protocol.error_object import read_error_object
 from gateway.protocol.errors import (
     EventTooLarge,
@@ -37,16 +44,6 @@ MAX_BAD_LINES = 3  # one line of broken JSON may be a proxy's slip, three are an
 MIN_RETRY_AFTER = 1.0  # seconds; after a 429 with 0, or with none, a client would be back at once
 HIDDEN = "the provider's message is hidden, because it may quote a credential"
 
-T = TypeVar("T")
-
-
-class NotOllamaError(ValueError):
-    """JSON that this dialect does not send."""
-
-
-# What a line from elsewhere makes a parser raise: NotOllamaError, broken JSON or UTF-8, and nesting without an end.
-_UNREADABLE = (ValueError, RecursionError)
-
 
 class OllamaTranslator:
     """One upstream attempt. `feed` never raises: what went wrong is kept, `done` turns true and `flush` raises it."""
@@ -60,7 +57,7 @@ class OllamaTranslator:
         self._started = False  # the role was sent
         self._done = False
         self._error: GatewayError | None = None
-        self._head = _dumps(self._constant("chat.completion.chunk"))[:-1] + b',"choices":['
+        self._head = dumps(self._constant("chat.completion.chunk"))[:-1] + b',"choices":['
         self._tail = b'],"usage":null}' if call.chat.wants_usage else b"]}"
         # Around the delta of nearly every event: rendered once.
         self._before = b"data: " + self._head + b'{"index":0,"delta":'
@@ -106,8 +103,8 @@ class OllamaTranslator:
         if not line.strip():
             return []
         try:
-            return self._read(_loads(line))
-        except _UNREADABLE:
+            return self._read(loads(line))
+        except UNREADABLE:
             self._bad_lines += 1
             if self._bad_lines == MAX_BAD_LINES:
                 words = f"the provider sent {MAX_BAD_LINES} lines that are not Ollama's JSON"
@@ -116,12 +113,12 @@ class OllamaTranslator:
 
     def _take_rest(self) -> list[Chunk]:
         try:
-            return self._read(_loads(bytes(self._buffer)))
-        except _UNREADABLE:
+            return self._read(loads(bytes(self._buffer)))
+        except UNREADABLE:
             return []  # half a line: the stream was cut, which flush says
 
     def _read(self, line: Mapping[str, Any]) -> list[Chunk]:
-        """The chunk of one line, if it says anything. Raises one of _UNREADABLE."""
+        """The chunk of one line, if it says anything. Raises one of UNREADABLE."""
         if line.get("error") is not None:
             self._fail(self._failure(line))
             return []
@@ -135,7 +132,7 @@ class OllamaTranslator:
         self._done = True
         return [chunk]
 
-    def _chunk(self, said: "Said") -> Chunk:
+    def _chunk(self, said: Said) -> Chunk:
         events = [] if self._started else [self._delta({"role": "assistant", "content": ""})]
         self._started = True
         if said.thinking:
@@ -148,19 +145,19 @@ class OllamaTranslator:
             events.append(self._delta({"tool_calls": [{"index": index, **call}]}))
         return Chunk(b"".join(events), said.text)
 
-    def _last_chunk(self, line: Mapping[str, Any], said: "Said") -> Chunk:
+    def _last_chunk(self, line: Mapping[str, Any], said: Said) -> Chunk:
         finish_reason, usage = self._finish_reason(line), _usage(line)
         events = [self._chunk(said).data, self._event({}, finish_reason)]
         if usage is not None and self._call.chat.wants_usage:
-            events.append(data_event(self._head + b'],"usage":' + _dumps(usage.to_openai()) + b"}"))
+            events.append(data_event(self._head + b'],"usage":' + dumps(usage.to_openai()) + b"}"))
         return Chunk(b"".join([*events, DONE]), said.text, usage, finish_reason)
 
     def _delta(self, delta: Any) -> bytes:
-        return self._before + _dumps(delta) + self._after
+        return self._before + dumps(delta) + self._after
 
     def _event(self, delta: Any, finish_reason: str | None = None, logprobs: Any = None) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return data_event(self._head + _dumps(choice) + self._tail)
+        return data_event(self._head + dumps(choice) + self._tail)
 
     def _fail(self, error: GatewayError) -> None:
         self._error, self._done = error, True
@@ -170,11 +167,11 @@ class OllamaTranslator:
 
     def reply(self, body: bytes) -> Reply:
         try:
-            answer = _loads(body)
+            answer = loads(body)
             if answer.get("error") is not None:
                 raise self._failure(answer)
             said = self._said(answer)
-        except _UNREADABLE:
+        except UNREADABLE:
             raise UpstreamBadBody("the provider's answer is not Ollama's JSON") from None
         if answer.get("done") is not True:
             raise UpstreamBadBody("the provider's answer is not finished")
@@ -182,7 +179,7 @@ class OllamaTranslator:
             raise _nothing_to_answer()
         return self._completion(answer, said)
 
-    def _completion(self, answer: Mapping[str, Any], said: "Said") -> Reply:
+    def _completion(self, answer: Mapping[str, Any], said: Said) -> Reply:
         message: dict[str, Any] = {"role": "assistant", "content": said.content, "refusal": None}
         if said.thinking:
             message["reasoning_content"] = said.thinking
@@ -193,7 +190,7 @@ class OllamaTranslator:
         completion = {**self._constant("chat.completion"), "choices": [choice]}
         if usage is not None:
             completion["usage"] = usage.to_openai()
-        return Reply(_dumps(completion), said.text, usage, finish_reason)
+        return Reply(dumps(completion), said.text, usage, finish_reason)
 
     # --- both ---
 
@@ -201,29 +198,29 @@ class OllamaTranslator:
         call = self._call
         return {"id": call.completion_id, "object": kind, "created": call.created, "model": call.target.model}
 
-    def _said(self, line: Mapping[str, Any]) -> "Said":
-        message = _typed(line, "message", dict)
-        thinking, content = _typed(message, "thinking", str), _typed(message, "content", str)
+    def _said(self, line: Mapping[str, Any]) -> Said:
+        message = typed(line, "message", dict)
+        thinking, content = typed(message, "thinking", str), typed(message, "content", str)
         text, logprobs = thinking + content, None
         tool_calls: list[dict[str, Any]] = []
-        for call in _typed(message, "tool_calls", list):
+        for call in typed(message, "tool_calls", list):
             tool_calls.append(self._tool_call(call, self._tool_calls + len(tool_calls)))
             text += tool_calls[-1]["function"]["name"] + tool_calls[-1]["function"]["arguments"]
-        if tokens := _typed(line, "logprobs", list):
-            logprobs = _logprobs(tokens, content, alone=text == content)
+        if tokens := typed(line, "logprobs", list):
+            logprobs = logprobs_of(tokens, content, alone=text == content)
         self._tool_calls += len(tool_calls)  # last: a line that cannot be read has none
         return Said(text, thinking, content, tool_calls, logprobs)
 
     def _tool_call(self, call: Any, index: int) -> dict[str, Any]:
         """A call in OpenAI's form. Ollama's own `function.index` is not read: parallel calls came with equal ones
         (https://github.com/ollama/ollama/issues/15457)."""
-        function = _typed(_object(call), "function", dict)
-        name, arguments = _typed(function, "name", str), function.get("arguments")
+        function = typed(object_of(call), "function", dict)
+        name, arguments = typed(function, "name", str), function.get("arguments")
         if not name:
             raise NotOllamaError("a tool call without a name")
         if not isinstance(arguments, str):
-            arguments = _dumps({} if arguments is None else arguments).decode()
-        given = _typed(call, "id", str) or _call_id(self._call.completion_id, index)
+            arguments = dumps({} if arguments is None else arguments).decode()
+        given = typed(call, "id", str) or _call_id(self._call.completion_id, index)
         return {"id": given, "type": "function", "function": {"name": name, "arguments": arguments}}
 
     def _finish_reason(self, line: Mapping[str, Any]) -> str:
@@ -237,8 +234,8 @@ class OllamaTranslator:
         if status in (401, 403):
             return self._auth_error(status)
         try:
-            message = self._message(_loads(body))
-        except _UNREADABLE:
+            message = self._message(loads(body))
+        except UNREADABLE:
             message = ""
         message = message or f"the provider answered {status}"
         if status == 429:
@@ -275,51 +272,6 @@ def model_names(parsed: Any) -> Sequence[str]:
     return [name for name in names if isinstance(name, str) and name]
 
 
-# --- reading what the provider sent -------------------------------------------------------------------------------
-
-
-class Said(NamedTuple):
-    """What the model generated in one line, or in a whole answer."""
-
-    text: str  # all of it
-    thinking: str
-    content: str
-    tool_calls: Sequence[Mapping[str, Any]]  # OpenAI's form, without an index
-    logprobs: Mapping[str, Any] | None  # of the content
-
-
-def _loads(data: bytes) -> dict[str, Any]:
-    """The JSON object in `data`. Raises one of _UNREADABLE."""
-    try:
-        parsed = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        parsed = json.loads(data.decode("utf-8"))  # takes half an emoji (a lone surrogate), which orjson refuses
-    return _object(parsed)
-
-
-def _dumps(value: Any) -> bytes:
-    try:
-        return orjson.dumps(value)
-    except TypeError:  # half an emoji
-        return json.dumps(value, separators=(",", ":")).encode()
-
-
-def _object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise NotOllamaError("not an object")
-    return value
-
-
-def _typed(source: Mapping[str, Any], name: str, kind: type[T]) -> T:
-    """A field that is absent or of its type: text that we cannot read must not vanish in silence."""
-    value = source.get(name)
-    if isinstance(value, kind):
-        return value
-    if value is None:
-        return kind()
-    raise NotOllamaError(f"{name} is not of its type")
-
-
 def _usage(line: Mapping[str, Any]) -> Usage | None:
     """The counts of the last line. Ollama leaves a 0 out, and older servers count a prompt that was cached as 0."""
     prompt = line.get("prompt_eval_count")
@@ -353,39 +305,3 @@ def _nothing_to_answer() -> GatewayError:
 
 def _too_large() -> GatewayError:
     return EventTooLarge(f"the provider sent a line longer than {MAX_EVENT} bytes")
-
-
-# --- logprobs -----------------------------------------------------------------------------------------------------
-
-
-def _logprobs(tokens: Sequence[Any], content: str, *, alone: bool) -> dict[str, Any] | None:
-    """OpenAI's `logprobs`: of the tokens that spell the content.
-
-    Ollama lists all that it generated, thinking and tool calls too; the content's tokens come last. Where they cannot
-    be told apart there is nothing true to say, but for content that stands alone.
-    """
-    if not content:
-        return None
-    entries = [
-        {**_token(token), "top_logprobs": list(map(_token, _typed(token, "top_logprobs", list)))} for token in tokens
-    ]
-    wanted, spelled = content.encode("utf-8", "surrogatepass"), [_token_bytes(entry) for entry in entries]
-    start, missing = len(entries), len(wanted)
-    while start and missing > 0:
-        start -= 1
-        missing -= len(spelled[start])
-    if b"".join(spelled[start:]) == wanted:
-        return {"content": entries[start:], "refusal": None}
-    return {"content": entries, "refusal": None} if alone else None
-
-
-def _token(token: Any) -> dict[str, Any]:
-    text, raw = _typed(_object(token), "token", str), _typed(token, "bytes", list)
-    if not all(isinstance(byte, int) and 0 <= byte <= 255 for byte in raw):
-        raise NotOllamaError("bytes of a token that are none")
-    return {"token": text, "logprob": token.get("logprob"), "bytes": raw or None}
-
-
-def _token_bytes(token: Mapping[str, Any]) -> bytes:
-    """A token may be half a character: then only `bytes` says which."""
-    return bytes(token["bytes"]) if token["bytes"] else token["token"].encode("utf-8", "surrogatepass")

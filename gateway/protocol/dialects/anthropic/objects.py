@@ -1,0 +1,50 @@
+"""JSON objects: read, written, and asked for their members."""
+
+import json
+from typing import Any
+
+import orjson
+
+from gateway.protocol.errors import UpstreamBadBody
+
+Json = dict[str, Any]
+
+
+def json_object(data: bytes | str | None) -> Json | None:
+    """The object in `data`; None when it holds none. orjson refuses lone surrogates, which models do write."""
+    if data is None:
+        return None
+    try:
+        parsed = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        try:
+            parsed = json.loads(data)
+        except (ValueError, RecursionError):
+            return None
+    return parsed if isinstance(parsed, dict) else None
+
+
+def dump(value: Any) -> bytes:
+    try:
+        return orjson.dumps(value)
+    except TypeError:  # a lone surrogate: only the escaped form can be sent
+        pass
+    try:
+        return json.dumps(value, separators=(",", ":")).encode()
+    except RecursionError:
+        raise UpstreamBadBody("the provider sent JSON that is nested too deep", kind="bad_event") from None
+
+
+def object_of(source: Json, name: str) -> Json:
+    value = source.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def text_of(source: Json, name: str) -> str:
+    value = source.get(name)
+    return value if isinstance(value, str) else ""
+
+
+def index_of(event: Json) -> int:
+    value = event.get("index")
+    return value if isinstance(value, int) else -1

@@ -1,0 +1,205 @@
+"""Anthropic's Messages API behind an OpenAI chat (https://platform.claude.com/docs/en/build-with-claude/streaming).
+
+A stream is `message_start`, blocks one after another (start, deltas, stop), `message_delta`, `message_stop`; `ping`
+and `error` may come anywhere. Block types and events that are not named here are new, or the provider's own business
+(server tools), and do not reach the client.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gateway.protocol.chat import Call, Chunk, Reply, UpstreamRequest
+from gateway.protocol.dialects.anthropic.chunks import Chunks
+from gateway.protocol.dialects.anthropic.counts import Counts
+from gateway.protocol.dialects.anthropic.errors import failure, reported
+from gateway.protocol.dialects.anthropic.objects import Json, dump, index_of, json_object, object_of, text_of
+from gateway.protocol.dialects.anthropic.reply import read_reply
+from gateway.protocol.dialects.anthropic.request import messages_body
+from gateway.protocol.dialects.anthropic.tools import offered_tools
+from gateway.protocol.errors import EventTooLarge, UpstreamBadBody, UpstreamError, UpstreamTruncated
+from gateway.protocol.sse import PING, Event, SSEDecoder, decode_event
+
+MAX_BAD_EVENTS = 3  # one may be a middlebox; three are not this dialect
+
+# A piece of a read that can hold no more than the tail of one event and the head of the next one that is too large, so
+# that the whole events before it are not lost with it.
+_PIECE = 1 << 16  # bytes
+
+
+class AnthropicTranslator:
+    """One attempt at `POST /v1/messages`."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._tools = offered_tools(call.chat.fields)
+        self._decoder = SSEDecoder()
+        self._chunks = Chunks(call, self._tools)
+        self._error: UpstreamError | None = None  # raised by `flush`
+        self._done = False
+        self._bad_events = 0
+        self._message_id: str | None = None  # None: no message_start yet
+        self._counts = Counts()
+
+    def request(self) -> UpstreamRequest:
+        return UpstreamRequest("/v1/messages", dump(messages_body(self._call.chat, self._call.target.model)))
+
+    @property
+    def done(self) -> bool:
+        return self._done
+
+    def feed(self, data: bytes) -> list[Chunk]:
+        self._chunks.out = []
+        for at in range(0, len(data), _PIECE):
+            if self._done:
+                break
+            try:
+                events = self._decoder.feed(data[at : at + _PIECE])
+            except EventTooLarge as error:
+                self._fail(error)
+                break
+            for event in events:
+                self._take(event)
+        return self._chunks.out
+
+    def flush(self) -> list[Chunk]:
+        self._chunks.out = []
+        if not self._done and (rest := self._decoder.rest()):
+            # The last event may lack its blank line. When it is not whole it was cut, and is no bad event.
+            event = decode_event(rest)
+            self._dispatch(event, json_object(event.data))
+        if self._error is not None:
+            raise self._error
+        if not self._done:
+            raise UpstreamTruncated("the provider's stream ended before its message_stop")
+        return self._chunks.out
+
+    def reply(self, body: bytes) -> Reply:
+        return read_reply(self._call, self._tools, body)
+
+    def error(self, status: int, body: bytes, retry_after: float | None = None) -> UpstreamError:
+        own_credential = self._call.target.own_credential
+        return failure(status, json_object(body) or {}, retry_after, own_credential=own_credential)
+
+    # --- events ---------------------------------------------------------------------------------------------------
+
+    def _take(self, event: Event) -> None:
+        if self._done:
+            return
+        if event.stray is not None:  # llama.cpp says errors in a field of its own
+            self._fail(reported(json_object(event.stray) or {}, own_credential=self._call.target.own_credential))
+        elif event.data is None:
+            if event.raw.lstrip().startswith(b":"):
+                self._chunks.out.append(Chunk(PING))
+        elif (parsed := json_object(event.data)) is not None:
+            self._dispatch(event, parsed)
+        else:
+            self._bad_events += 1
+            if self._bad_events >= MAX_BAD_EVENTS:
+                self._fail(
+                    UpstreamBadBody(f"the provider sent {MAX_BAD_EVENTS} events that are not JSON", kind="bad_event")
+                )
+
+    def _dispatch(self, event: Event, parsed: Json | None) -> None:
+        if parsed is None:
+            return
+        kind = parsed.get("type")
+        if not isinstance(kind, str):
+            kind = "error" if parsed.get("error") else event.name
+        if handler := _HANDLERS.get(kind):
+            try:
+                handler(self, parsed)
+            except (UpstreamBadBody, EventTooLarge) as error:
+                self._fail(error)
+
+    def _message_start(self, event: Json) -> None:
+        message = object_of(event, "message")
+        message_id = text_of(message, "id")
+        if self._chunks.role_sent:
+            # A proxy that tries again may say it twice; what follows belongs to the message that the client has.
+            if message_id != self._message_id:
+                raise UpstreamBadBody("the provider began a second message", kind="bad_event")
+            return
+        self._message_id = message_id
+        self._chunks.model = text_of(message, "model") or self._chunks.model
+        reason = message.get("stop_reason")
+        self._counts.merge(message.get("usage"), final=isinstance(reason, str))
+        self._chunks.send_role(self._counts.usage())
+        self._whole_blocks(message.get("content"))
+        if isinstance(reason, str):
+            self._chunks.finish(reason, self._counts.usage())
+
+    def _whole_blocks(self, content: Any) -> None:
+        """A turn that code of the model's own goes on with has its tool calls, and its end, in the message_start
+        (https://platform.claude.com/docs/en/agents-and-tools/tool-use/programmatic-tool-calling)."""
+        for index, block in enumerate(content if isinstance(content, list) else ()):
+            self._block_start({"index": index, "content_block": block})
+            self._block_stop({"index": index})
+
+    def _block_start(self, event: Json) -> None:
+        block = object_of(event, "content_block")
+        kind = block.get("type")
+        if kind == "text":
+            self._chunks.send_content(text_of(block, "text"))
+        elif kind == "tool_use":
+            self._chunks.open_call(index_of(event), block)
+        elif kind == "thinking":
+            self._chunks.open_thinking()
+            self._chunks.send_reasoning(text_of(block, "thinking"))
+            self._chunks.send_signature(text_of(block, "signature"))
+        elif kind == "redacted_thinking":
+            self._chunks.open_thinking()
+            self._chunks.send_encrypted(text_of(block, "data"))
+
+    def _block_delta(self, event: Json) -> None:
+        delta = object_of(event, "delta")
+        kind = delta.get("type")
+        if kind == "text_delta":
+            self._chunks.send_content(text_of(delta, "text"))
+        elif kind == "input_json_delta":
+            self._chunks.send_arguments(index_of(event), text_of(delta, "partial_json"))
+        elif kind == "thinking_delta":
+            self._chunks.send_reasoning(text_of(delta, "thinking"))
+        elif kind == "signature_delta":
+            self._chunks.send_signature(text_of(delta, "signature"))
+
+    def _block_stop(self, event: Json) -> None:
+        self._chunks.close_call(index_of(event))
+
+    def _message_delta(self, event: Json) -> None:
+        self._counts.merge(event.get("usage"), final=True)
+        delta = object_of(event, "delta")
+        reason = delta.get("stop_reason")
+        if isinstance(reason, str) and self._chunks.finish_reason is None:
+            if reason == "refusal":
+                self._chunks.send_refusal(text_of(object_of(delta, "stop_details"), "explanation"))
+            self._chunks.finish(reason, self._counts.usage())
+        else:
+            self._chunks.out.append(Chunk(b"", usage=self._counts.usage()))
+
+    def _message_stop(self, event: Json) -> None:
+        usage = self._counts.usage()
+        if self._chunks.finish_reason is None:
+            self._chunks.finish(None, usage)
+        self._chunks.end(usage)
+        self._done = True
+
+    def _ping(self, event: Json) -> None:
+        self._chunks.out.append(Chunk(PING))
+
+    def _error_event(self, event: Json) -> None:
+        self._fail(reported(event, own_credential=self._call.target.own_credential))
+
+    def _fail(self, error: UpstreamError) -> None:
+        self._error, self._done = error, True
+
+
+_HANDLERS: Mapping[str, Callable[[AnthropicTranslator, Json], None]] = {
+    "message_start": AnthropicTranslator._message_start,
+    "content_block_start": AnthropicTranslator._block_start,
+    "content_block_delta": AnthropicTranslator._block_delta,
+    "content_block_stop": AnthropicTranslator._block_stop,
+    "message_delta": AnthropicTranslator._message_delta,
+    "message_stop": AnthropicTranslator._message_stop,
+    "ping": AnthropicTranslator._ping,
+    "error": AnthropicTranslator._error_event,
+}
