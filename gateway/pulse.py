@@ -135,7 +135,7 @@ class Pulse:
 
     async def _until(self, condition: Callable[[], bool], seconds: float) -> None:
         deadline = monotonic() + seconds
-        while not condition() and monotonic() < deadline:  # noqa: ASYNC110 - a poll, because what it waits for changes in many places
+        while not condition() and monotonic() < deadline:  # noqa: ASYNC110 - what it waits for changes in many places
             await asyncio.sleep(0.02)
 
     async def close(self) -> None:

@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from gateway.mock import HELP, Mock, Received, serve
+from gateway.mock.log import Log
 from gateway.mock.samples import sample
 from gateway.mock.script import _PARAMETERS, CASES, FAULTS
 
@@ -190,6 +191,16 @@ async def test_both_tools_are_called_when_both_are_asked_for(session: aiohttp.Cl
         ({"tool_choice": {"type": "function", "function": {"name": "get_time"}}}, ["get_time"], "stop"),
         ({"text": "both tools", "parallel_tool_calls": False}, ["get_weather"], "tool_calls"),
         ({"query": "case=text", "text": "Use a tool"}, [], "stop"),
+        (
+            {
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "allowed_tools": {"mode": "required", "tools": [TOOLS[1]]},
+                }
+            },
+            ["get_time"],
+            "tool_calls",
+        ),
         ({"query": "case=parallel_tools"}, ["get_weather", "get_time"], "tool_calls"),
     ],
 )
@@ -612,6 +623,24 @@ async def test_the_limit_of_the_request_ends_the_answer(session: aiohttp.ClientS
     assert reason in json.dumps(found[-2:])
 
 
+async def test_the_limit_cuts_a_call_in_the_middle_of_its_arguments(session: aiohttp.ClientSession) -> None:
+    _, body = await post(session, "openai", ask("openai", "case=tools", max_tokens=4))
+    choice = json.loads(body)["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city":'
+    _, body = await post(session, "anthropic", ask("anthropic", "case=tools", max_tokens=4))
+    assert (json.loads(body)["stop_reason"], json.loads(body)["content"][0]["input"]) == ("max_tokens", {})
+    found = await stream(session, "ollama", "case=tools", options={"num_predict": 4})
+    assert len(found) == 1 and found[0]["done_reason"] == "length"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"model": "mock-gpt", "messages": "Hello"}', b"\xff"])
+async def test_a_body_that_is_no_request_is_refused(session: aiohttp.ClientSession, form: str, body: bytes) -> None:
+    async with session.post(PATHS[form], data=body) as response:
+        assert response.status in (400, 404) and json.loads(await response.read())["error"]
+
+
 @pytest.mark.parametrize("form", FORMATS)
 async def test_images_are_seen_and_counted(session: aiohttp.ClientSession, form: str) -> None:
     pixel = "iVBORw0KGgo="
@@ -838,12 +867,14 @@ def is_json(data: bytes) -> bool:
 @pytest.mark.parametrize(
     ("fault", "low", "high"), [("event_256k", 250 << 10, 256 << 10), ("huge_event", 2 << 20, 3 << 20)]
 )
-async def test_large_events_have_their_size(
+async def test_large_answers_have_their_size(
     session: aiohttp.ClientSession, form: str, fault: str, low: int, high: int
 ) -> None:
     _, body = await post(session, form, ask(form, f"fault={fault}", stream=True))
     assert low <= max(len(line) for line in body.split(b"\n")) <= high
     assert LAST_WORD[form] in body
+    _, body = await post(session, form, ask(form, f"fault={fault}"))
+    assert low <= len(body) <= high
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -852,8 +883,9 @@ async def test_the_last_word_or_the_counts_may_be_missing(session: aiohttp.Clien
     _, silent = await post(session, form, ask(form, "fault=no_done", stream=True, **options))
     assert LAST_WORD[form] not in silent
     _, uncounted = await post(session, form, ask(form, "fault=no_usage", stream=True, **options))
-    assert LAST_WORD[form] in uncounted
-    assert b"_tokens" not in uncounted and b"eval_count" not in uncounted
+    _, whole = await post(session, form, ask(form, "fault=no_usage"))
+    assert LAST_WORD[form] in uncounted and is_json(whole)
+    assert b"_tokens" not in uncounted + whole and b"eval_count" not in uncounted + whole
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -911,10 +943,13 @@ async def test_a_fault_strikes_as_often_as_asked(session: aiohttp.ClientSession)
     assert statuses == [503, 503, 200, 200]
 
 
+@pytest.mark.parametrize("streamed", [True, False])
 @pytest.mark.parametrize("pace", [0, 1])
-async def test_an_endless_stream_waits_for_a_client_that_does_not_read(mock: Mock, url: str, pace: int) -> None:
+async def test_an_endless_answer_waits_for_a_client_that_does_not_read(
+    mock: Mock, url: str, pace: int, streamed: bool
+) -> None:
     _, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]), limit=1024)
-    content = json.dumps(ask("openai", f"fault=endless&pace_ms={pace}", stream=True)).encode()
+    content = json.dumps(ask("openai", f"fault=endless&pace_ms={pace}", stream=streamed)).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: mock\r\nContent-Length: {len(content)}\r\n\r\n"
     writer.write(head.encode() + content)
     await until(lambda: bool(mock.received) and mock.received[0].sent > (1 << 20 if not pace else 2_000), 5)
@@ -1005,6 +1040,17 @@ async def test_the_log_keeps_what_the_client_sent(mock: Mock, session: aiohttp.C
     received = mock.received[0]
     assert json.loads(received.body) == body
     assert received.headers["anthropic-version"] == "2023-06-01"
+
+
+def test_the_log_forgets_the_oldest_first() -> None:
+    log = Log()
+    for number in range(5_000):
+        log.keep(log.open("POST", f"/{number}", {}), b"x")
+    assert len(log.received) <= 2_000 and log.received[-1].path == "/4999"
+    for number in range(200):
+        log.keep(log.open("POST", f"/large/{number}", {}), bytes(1 << 20))
+    assert sum(len(received.body) for received in log.received) <= 64 << 20
+    assert log.received[-1].path == "/large/199"
 
 
 async def test_stopping_does_not_wait_for_a_stalled_stream(url: str, mock: Mock) -> None:

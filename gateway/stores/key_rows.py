@@ -13,7 +13,7 @@ import asyncpg
 
 from gateway.exchange import Principal
 from gateway.protocol.errors import NotFound
-from gateway.stores.postgres import COMMAND_TIMEOUT, Pool, connection
+from gateway.stores.postgres import COMMAND_TIMEOUT, HOT_ACQUIRE_TIMEOUT, HOT_COMMAND_TIMEOUT, Pool, connection
 from gateway.stores.tokens import prefix_of
 
 
@@ -61,8 +61,8 @@ where k.id = any ($1::text[])
 
 
 async def read_proofs(pool: Pool, key_ids: Sequence[str]) -> dict[str, Proofs]:
-    async with connection(pool) as borrowed:
-        rows = await borrowed.fetch(_READ, key_ids, timeout=COMMAND_TIMEOUT)
+    async with connection(pool, HOT_ACQUIRE_TIMEOUT) as borrowed:
+        rows = await borrowed.fetch(_READ, key_ids, timeout=HOT_COMMAND_TIMEOUT)
     return {row["id"]: _proofs(row) for row in rows}
 
 
@@ -83,8 +83,8 @@ def _proofs(row: asyncpg.Record) -> Proofs:
 class ProofReader:
     """Reads the rows of all keys that are asked for at the same time with one statement, on one connection.
 
-    One connection a key is what a crowd of wrong keys would use up: a good key behind 120 of them waited longer than
-    ACQUIRE_TIMEOUT, and so did everybody else who wanted the database.
+    A connection for each was what a crowd of wrong keys used up: a good key behind 120 of them waited longer than
+    HOT_ACQUIRE_TIMEOUT, and so did everybody else who wanted the database.
     """
 
     def __init__(self, pool: Pool) -> None:

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 else:
     Pool = Connection = object  # generic for mypy only: asyncpg's own classes take no parameters
 
-ACQUIRE_TIMEOUT = 0.1  # seconds to wait for a free connection
-COMMAND_TIMEOUT = 0.5  # seconds for one statement that reads or writes a few rows
+ACQUIRE_TIMEOUT = 1.0  # seconds to wait for a free connection
+COMMAND_TIMEOUT = 2.0  # seconds for one statement that reads or writes a few rows, a wait for a lock included
+# While a completion waits for it: a silent Postgres must not be felt for longer.
+HOT_ACQUIRE_TIMEOUT = 0.1  # seconds
+HOT_COMMAND_TIMEOUT = 0.5  # seconds
 
 # SQLSTATE classes: https://www.postgresql.org/docs/current/errcodes-appendix.html
 _GONE = (
@@ -57,14 +60,14 @@ def _unavailable() -> Unavailable:
 
 
 @asynccontextmanager
-async def connection(pool: Pool) -> AsyncIterator[Connection]:
-    """A connection for one statement or transaction, within ACQUIRE_TIMEOUT. Raises Unavailable, as `database_errors`.
+async def connection(pool: Pool, wait: float = ACQUIRE_TIMEOUT) -> AsyncIterator[Connection]:
+    """A connection for one statement or transaction, after `wait` seconds at most. Raises as `database_errors` does.
 
     A statement needs a `timeout` of its own: `asyncio.wait_for` around asyncpg waits for the cancelled statement, which
     on a stalled server takes a minute.
     """
     with database_errors():
-        borrowed = await pool.acquire(timeout=ACQUIRE_TIMEOUT)
+        borrowed = await pool.acquire(timeout=wait)
         try:
             yield borrowed
         except TimeoutError:
@@ -73,4 +76,4 @@ async def connection(pool: Pool) -> AsyncIterator[Connection]:
         finally:
             # A connection that cannot be reset is closed by its pool; the answer that we have stays good.
             with suppress(*_GONE, asyncpg.InterfaceError):
-                await pool.release(borrowed, timeout=COMMAND_TIMEOUT)
+                await pool.release(borrowed, timeout=HOT_COMMAND_TIMEOUT)

@@ -9,7 +9,7 @@ import pytest
 from asyncpg import exceptions as pg
 
 from gateway.protocol.errors import Unavailable
-from gateway.stores.postgres import ACQUIRE_TIMEOUT, COMMAND_TIMEOUT, connection, database_errors
+from gateway.stores.postgres import HOT_ACQUIRE_TIMEOUT, HOT_COMMAND_TIMEOUT, connection, database_errors
 
 pytestmark = pytest.mark.integration
 
@@ -83,9 +83,9 @@ async def test_a_pool_that_is_all_taken_is_waited_for_no_longer_than_its_time(da
     async with asyncpg.create_pool(database_url, min_size=1, max_size=1) as pool, connection(pool):
         started = time.monotonic()
         with pytest.raises(Unavailable):
-            async with connection(pool):
+            async with connection(pool, HOT_ACQUIRE_TIMEOUT):
                 raise AssertionError("there was a second connection")
-        assert ACQUIRE_TIMEOUT * 0.9 < time.monotonic() - started < ACQUIRE_TIMEOUT + 0.5
+        assert HOT_ACQUIRE_TIMEOUT * 0.9 < time.monotonic() - started < HOT_ACQUIRE_TIMEOUT + 0.5
 
 
 async def test_a_connection_that_the_server_ended_does_not_stay_in_the_pool(pool: asyncpg.Pool) -> None:
@@ -103,12 +103,12 @@ async def test_a_server_that_falls_silent_costs_no_more_than_the_time_outs(datab
             link.stalled = True
             started = time.monotonic()
             with pytest.raises(Unavailable):
-                async with connection(pool) as borrowed:
-                    await borrowed.fetchval("select 1", timeout=COMMAND_TIMEOUT)
-            assert time.monotonic() - started < ACQUIRE_TIMEOUT + COMMAND_TIMEOUT + 0.35
+                async with connection(pool, HOT_ACQUIRE_TIMEOUT) as borrowed:
+                    await borrowed.fetchval("select 1", timeout=HOT_COMMAND_TIMEOUT)
+            assert time.monotonic() - started < HOT_ACQUIRE_TIMEOUT + HOT_COMMAND_TIMEOUT + 0.35
             link.stalled = False
             async with connection(pool) as borrowed:
-                assert await borrowed.fetchval("select 1", timeout=COMMAND_TIMEOUT) == 1
+                assert await borrowed.fetchval("select 1", timeout=HOT_COMMAND_TIMEOUT) == 1
         finally:
             pool.terminate()
 
