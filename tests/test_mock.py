@@ -412,6 +412,12 @@ async def test_thoughts_come_back_only_as_they_were_sent(session: aiohttp.Client
     assert status == 400 and b"Expected `thinking`" in body
 
 
+async def test_anthropic_structures_its_output_by_the_schema(session: aiohttp.ClientSession) -> None:
+    wanted = {"format": {"type": "json_schema", "schema": WEATHER}}
+    found = await stream(session, "anthropic", output_config=wanted)
+    jsonschema.validate(json.loads(said("anthropic", found)), WEATHER)
+
+
 async def test_anthropic_names_the_stop_sequence_that_ended_the_answer(session: aiohttp.ClientSession) -> None:
     found = await stream(session, "anthropic", stop_sequences=["mock"])
     assert said("anthropic", found) == "Hello from the "

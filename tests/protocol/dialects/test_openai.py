@@ -270,7 +270,8 @@ def test_usage_beside_choices_passes_with_them() -> None:
 
 def test_usage_of_nulls_is_none_and_groqs_own_place_is_read() -> None:
     assert fed(chunk({}, usage={"prompt_tokens": None, "completion_tokens": None})).usage is None
-    assert fed(chunk({}, x_groq={"id": "r", "usage": USAGE})).usage == Usage(12, 3)
+    groq = chunk({}, x_groq={"id": "r", "usage": USAGE})
+    assert fed(groq) == Chunk(event(groq), usage=Usage(12, 3))
     assert fed(chunk({}, x_groq="r")).usage is None
 
 
