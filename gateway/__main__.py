@@ -283,8 +283,8 @@ def _add_keys(commands: Commands) -> None:
     create = actions.add_parser("create", help="create a key", description="Create a key; it is shown this once.")
     create.add_argument("email", help="the account that owns it")
     create.add_argument("name", help="what it is for")
-    create.add_argument("--requests-per-minute", type=int, metavar="N", help="0: no limit")
-    create.add_argument("--concurrent-requests", type=int, metavar="N", help="0: no limit")
+    create.add_argument("--requests-per-minute", type=_count, metavar="N", help="0: no limit")
+    create.add_argument("--concurrent-requests", type=_count, metavar="N", help="0: no limit")
     create.add_argument("--model", action="append", default=[], metavar="PATTERN", help="allow only these (repeatable)")
     _add_json(create)
     create.set_defaults(run=_keys_create)
@@ -292,6 +292,12 @@ def _add_keys(commands: Commands) -> None:
     revoke.add_argument("id", help="the id, or the prefix aig_…")
     _add_json(revoke)
     revoke.set_defaults(run=_keys_revoke)
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 7:
+        raise argparse.ArgumentTypeError("a whole number from 0 to 9999999 is required")
+    return int(text)
 
 
 async def _key_store(settings: Settings, pool: "asyncpg.Pool", redis: "Redis") -> "KeyStore":

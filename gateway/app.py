@@ -32,6 +32,7 @@ from gateway.stores.accounts import AccountStore
 from gateway.stores.keys import KeyStore, load_pepper
 from gateway.stores.limits import Limiter, connect_redis
 from gateway.stores.migrations import MigrationError, migrate
+from gateway.stores.passwords import HashingPool
 from gateway.stores.usage import UsageStore
 from gateway.upstream import Upstream
 
@@ -52,12 +53,12 @@ _MOCKS = (
 
 def make_app(settings: Settings, environ: Mapping[str, str]) -> web.Application:
     """The whole application, not yet open. Raises SettingsError."""
-    app = web.Application(middlewares=[middlewares.errors], client_max_size=settings.gateway_max_body)
+    app = web.Application(middlewares=[middlewares.errors])
     app[keys.SETTINGS] = settings
     app.on_response_prepare.append(middlewares.on_prepare)
     routes = load_routes(settings, environ)
 
-    v1 = web.Application(middlewares=middlewares.V1, client_max_size=settings.gateway_max_body)
+    v1 = web.Application(middlewares=middlewares.V1)
     v1.add_routes([*chat.routes(), *models.routes()])
     app.add_subapp("/v1", v1)
     app.add_routes([*health.routes(), *accounts.routes(), *stats.routes()])
@@ -102,7 +103,7 @@ async def connect_database(url: str, wait: float = DATABASE_WAIT) -> asyncpg.Poo
             await asyncio.sleep(0.5)
     return await asyncpg.create_pool(
         url,
-        min_size=1,
+        min_size=2,  # a look-up of a key does not wait for a new connection
         max_size=10,
         timeout=5,
         # asyncio.wait_for does not end a query on a stalled server; asyncpg's own time-out does.
@@ -119,13 +120,15 @@ def _stores(settings: Settings, routes: Routes) -> Context:
             with suppress(RedisError, OSError):  # the first request should not pay for the connection
                 await redis.ping()
             app[keys.METRICS] = metrics = Metrics(providers=routes.providers)
-            app[keys.ACCOUNTS] = AccountStore(pool)
+            hashing = HashingPool()
+            app[keys.ACCOUNTS] = AccountStore(pool, hashing=hashing)
             app[keys.KEYS] = KeyStore(
                 pool,
                 redis,
                 pepper=await load_pepper(pool, settings.gateway_key_pepper),
                 cache_seconds=settings.gateway_key_cache,
                 stale_seconds=settings.gateway_key_stale,
+                hashing=hashing,
             )
             app[keys.LIMITER] = limiter = Limiter(
                 redis,
@@ -142,6 +145,7 @@ def _stores(settings: Settings, routes: Routes) -> Context:
             metrics.usage_queue.follow(lambda: usage.queued)
             metrics.limiter_local.follow(lambda: float(limiter.state != "redis"))
             yield
+            hashing.close()
             await redis.aclose()
             with suppress(TimeoutError):
                 async with asyncio.timeout(5):

@@ -4,7 +4,6 @@
 which for a stream is its end. An exit never awaits: it may be running because the request was cancelled.
 """
 
-import asyncio
 import logging
 import math
 from time import monotonic
@@ -13,6 +12,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
 from gateway.appkeys import EXCHANGE, LIMITER, METRICS, PULSE, SETTINGS, USAGE
+from gateway.body import read_body
 from gateway.exchange import Exchange
 from gateway.identity import API_KEY, identify
 from gateway.logs import exchange_fields
@@ -82,8 +82,8 @@ def _error_response(request: web.Request, error: e.GatewayError) -> web.Response
     headers = {"Cache-Control": "no-store"}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    if error.should_retry is not None:
-        headers["x-should-retry"] = str(error.should_retry).lower()
+    if isinstance(error, e.Unauthenticated):
+        headers[hdrs.WWW_AUTHENTICATE] = "Bearer"  # RFC 9110 11.6.1
     if isinstance(error, e.MethodNotAllowed) and error.allowed:
         headers[hdrs.ALLOW] = ", ".join(error.allowed)
     response = web.Response(
@@ -97,15 +97,9 @@ def _error_response(request: web.Request, error: e.GatewayError) -> web.Response
 def _from_http(request: web.Request, error: web.HTTPException) -> e.GatewayError:
     if isinstance(error, web.HTTPMethodNotAllowed):
         return e.MethodNotAllowed(f"{request.method} is not allowed here", allowed=sorted(error.allowed_methods))
-    if isinstance(error, web.HTTPRequestEntityTooLarge):
-        return _too_large(request.config_dict[SETTINGS].gateway_max_body)
     if isinstance(error, web.HTTPNotFound):
         return e.NotFound(f"there is no {request.method} {request.path[:128]!r} here", code="unknown_url")
     return e.InvalidRequest(error.reason) if error.status < 500 else e.InternalError("the gateway failed")
-
-
-def _too_large(limit: int) -> e.GatewayError:
-    return e.PayloadTooLarge(f"a request body may have at most {limit} bytes")
 
 
 def _label(request: web.Request, name: str, *, strict: bool = True) -> str:
@@ -168,25 +162,6 @@ async def read_call(request: web.Request, handler: Handler) -> web.StreamRespons
     if parse is not None and request.method == hdrs.METH_POST:
         request[EXCHANGE].chat = parse(await read_body(request, request.config_dict[SETTINGS].gateway_max_body))
     return await handler(request)
-
-
-async def read_body(request: web.Request, limit: int) -> bytes:
-    """The JSON text of a request. Raises GatewayError: 415, 413 from the declared length, 408."""
-    if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
-        raise e.UnsupportedMediaType("compressed request bodies are not taken: send it without Content-Encoding")
-    kind = request.content_type
-    if hdrs.CONTENT_TYPE in request.headers and kind != "application/json" and not kind.endswith("+json"):
-        raise e.UnsupportedMediaType("the Content-Type must be application/json")
-    if (request.charset or "utf-8").lower().replace("-", "") not in ("utf8", "usascii"):
-        raise e.UnsupportedMediaType("the charset must be utf-8")
-    if (request.content_length or 0) > limit:
-        raise _too_large(limit)
-    seconds = request.config_dict[SETTINGS].gateway_body_timeout
-    try:
-        async with asyncio.timeout(seconds):
-            return await request.read()
-    except TimeoutError:
-        raise e.RequestTimeout(f"the request body did not arrive within {seconds:g} s") from None
 
 
 @web.middleware

@@ -4,7 +4,6 @@ Who may grant what: an admin, anything. A member, at most the deployment's defau
 hand instead of a password, at most what that key itself may do, so that a key given away cannot widen itself.
 """
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,16 +13,14 @@ import orjson
 from aiohttp import web
 
 from gateway.appkeys import ACCOUNTS, KEYS, SETTINGS
+from gateway.body import read_body
 from gateway.exchange import Principal
 from gateway.identity import find_key, identify
 from gateway.protocol.chat import MAX_MODEL, parse_object
 from gateway.protocol.errors import (
     InvalidRequest,
-    PayloadTooLarge,
     PermissionDenied,
-    RequestTimeout,
     Unauthenticated,
-    UnsupportedMediaType,
 )
 from gateway.settings import Settings
 from gateway.stores.key_rows import Key, KeyChanges
@@ -219,7 +216,7 @@ async def _read_fields(
     request: web.Request, checks: Mapping[str, Check], required: Sequence[str] = ()
 ) -> dict[str, Any]:
     """The checked fields of the body. A field that is not in `checks` is refused: a slip would be a limit not set."""
-    fields = parse_object(await _read_body(request))
+    fields = parse_object(await read_body(request, MAX_BODY))
     for name in fields:
         if name not in checks:
             raise InvalidRequest(f"unknown parameter {name[:64]!r}", param=name[:64], code="unknown_parameter")
@@ -227,32 +224,6 @@ async def _read_fields(
         if name not in fields:
             raise InvalidRequest(f"{name} is missing", param=name, code="missing_required_parameter")
     return {name: checks[name](name, value) for name, value in fields.items()}
-
-
-async def _read_body(request: web.Request) -> bytes:
-    if "Content-Type" in request.headers and request.content_type != "application/json":
-        raise UnsupportedMediaType("the Content-Type must be application/json")
-    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise UnsupportedMediaType("compressed request bodies are not taken: send it without Content-Encoding")
-    if (request.content_length or 0) > MAX_BODY:
-        raise _too_large()
-    seconds = request.config_dict[SETTINGS].gateway_body_timeout
-    body = bytearray()
-    try:
-        async with asyncio.timeout(seconds):
-            async for data in request.content.iter_any():
-                body += data
-                if len(body) > MAX_BODY:
-                    raise _too_large()
-    except TimeoutError:
-        raise RequestTimeout(f"the request body did not arrive within {seconds:g} s") from None
-    except web.RequestPayloadError:
-        raise InvalidRequest("the request body is not framed as HTTP demands") from None
-    return bytes(body)
-
-
-def _too_large() -> PayloadTooLarge:
-    return PayloadTooLarge(f"a request body may have at most {MAX_BODY} bytes here")
 
 
 def _text(name: str, value: Any) -> str:

@@ -9,7 +9,7 @@ from gateway import __version__
 from gateway.appkeys import CATALOGUE, LIMITER, METRICS, POOL, PULSE, USAGE
 from gateway.metrics import CONTENT_TYPE
 from gateway.protocol.errors import Unavailable
-from gateway.stores.postgres import COMMAND_TIMEOUT, Pool, connection
+from gateway.stores.postgres import HOT_ACQUIRE_TIMEOUT, HOT_COMMAND_TIMEOUT, Pool, connection
 
 _STARTED = monotonic()
 
@@ -58,8 +58,8 @@ async def report(request: web.Request) -> web.Response:
 
 async def _postgres(pool: Pool) -> str:
     try:
-        async with connection(pool) as borrowed:
-            await borrowed.fetchval("select 1", timeout=COMMAND_TIMEOUT)
+        async with connection(pool, HOT_ACQUIRE_TIMEOUT) as borrowed:
+            await borrowed.fetchval("select 1", timeout=HOT_COMMAND_TIMEOUT)
     except Unavailable:
         return "down"
     return "up"

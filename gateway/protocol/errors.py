@@ -40,11 +40,6 @@ class GatewayError(Exception):
     def error_type(self) -> str:
         return self.type
 
-    @property
-    def should_retry(self) -> bool | None:
-        """What `x-should-retry` says; None leaves the client's SDK to its own policy."""
-        return None
-
     def object(self) -> dict[str, Any]:
         return {
             "error": {

@@ -37,7 +37,6 @@ OnRedisDown = Literal["local", "open", "closed"]
 State = Literal["redis", "local", "open", "closed"]
 
 TIMEOUT = 0.1  # seconds that Redis may take; the most that it can add to a request
-LATE = 0.02  # seconds; a timer that is later than this says that the loop was held up, not Redis
 FIRST_PAUSE = 1.0  # seconds between the loss of Redis and the first probe; doubles with each probe that fails
 LONGEST_PAUSE = 5.0 - 2 * TIMEOUT  # seconds; a Redis that is back is used again within 5
 MAX_OPERATIONS = 250  # in one call, which takes Redis about 20 µs each; meanwhile it answers nobody else
@@ -422,9 +421,8 @@ class Limiter:
     async def _evaluate(self, batch: Sequence[_Operation]) -> list[Admission]:
         """One round trip. Raises TimeoutError, and whatever the client library does."""
         lines = "\n".join([operation.line() for operation in batch])
-        loop = asyncio.get_running_loop()
         async with asyncio.timeout(None) as deadline:
-            timer = loop.call_later(TIMEOUT, _expire, deadline, loop.time() + TIMEOUT)
+            timer = asyncio.get_running_loop().call_later(TIMEOUT, _expire, deadline)
             try:
                 reply = await self._evalsha(*self._constants, lines)
             finally:
@@ -510,7 +508,6 @@ class Limiter:
         self._send(*(_Operation("renew", key_id, exchange_id) for exchange_id, key_id in self._grants.leases()))
 
 
-def _expire(deadline: asyncio.Timeout, due: float) -> None:
-    """A timer that is late was held up together with the loop: then the answer may be waiting unread, and gets time."""
-    now = asyncio.get_running_loop().time()
-    deadline.reschedule(now + LATE if now - due > LATE else now)
+def _expire(deadline: asyncio.Timeout) -> None:
+    """Ends it one turn later: a loop that was held up finds the time over and an unread answer, which comes first."""
+    deadline.reschedule(asyncio.get_running_loop().time())

@@ -32,14 +32,16 @@ def principal(requests_per_minute: int = 0, concurrent_requests: int = 0, key_id
 
 
 @asynccontextmanager
-async def limiter(url: str, **options: Any) -> AsyncIterator[Limiter]:
-    """A limiter as the gateway runs it."""
+async def limiter(url: str, *, loses_redis: bool = False, **options: Any) -> AsyncIterator[Limiter]:
+    """A limiter as the gateway runs it. One that went on without Redis unnoticed would prove nothing."""
+    failures: list[str] = []
     async with connect_redis(url) as client:
-        limiter = Limiter(client, **options)
+        limiter = Limiter(client, **{"on_error": failures.append, **options})
         task = asyncio.create_task(limiter.run())
         try:
             yield limiter
             assert not task.done(), task
+            assert loses_redis or not failures, failures
         finally:
             await limiter.close()
             task.cancel()
@@ -180,6 +182,7 @@ async def main(url, what, limit):
         else:
             print([(await limiter.admit(slots, new_id())).granted for _ in range(limit)], flush=True)
             await asyncio.Event().wait()
+        assert limiter.state == "redis"
         await limiter.close()
         task.cancel()
 
@@ -300,7 +303,7 @@ async def test_what_redis_keeps_ends_by_itself(redis_url: str, redis: Redis) -> 
 
 async def test_a_redis_whose_clock_was_set_back_locks_nobody_out(redis_url: str, redis: Redis) -> None:
     who = principal(requests_per_minute=1, concurrent_requests=1)
-    an_hour_ahead = (time.time() + 3600) * 1e6
+    an_hour_ahead = int((time.time() + 3600) * 1e6)
     await redis.zadd(REQUESTS, {"earlier": an_hour_ahead})
     await redis.zadd(LEASES, {"earlier": an_hour_ahead})
     async with limiter(redis_url) as limiter_:
@@ -474,7 +477,10 @@ async def test_a_client_that_leaves_between_the_answer_and_its_reader_leaks_no_s
 
 async def test_what_redis_grants_after_we_gave_up_holds_no_slot(server: Server, quick_probes: None) -> None:
     who = principal(requests_per_minute=5, concurrent_requests=1)
-    async with connect_redis(server.url) as redis, limiter(server.url, on_redis_down="closed") as limiter_:
+    async with (
+        connect_redis(server.url) as redis,
+        limiter(server.url, loses_redis=True, on_redis_down="closed") as limiter_,
+    ):
         await limiter_.admit(principal(requests_per_minute=1, key_id="other"), new_id())
         server.signal(signal.SIGSTOP)
         assert (await limiter_.admit(who, new_id())).reason == "unavailable"
@@ -552,7 +558,7 @@ async def test_a_loop_that_was_held_up_is_not_a_redis_that_is_gone(server: Serve
 
 async def test_a_redis_that_stalls_adds_a_tenth_of_a_second_once(server: Server) -> None:
     who = principal(requests_per_minute=1000)
-    async with limiter(server.url) as limiter_:
+    async with limiter(server.url, loses_redis=True) as limiter_:
         assert not (await limiter_.admit(who, new_id())).local
         server.signal(signal.SIGSTOP)
         started = time.monotonic()
@@ -582,7 +588,7 @@ async def test_the_pause_between_probes_grows_and_then_stays(server: Server, mon
     monkeypatch.setattr(limits, "LONGEST_PAUSE", 0.05)
     failed_at: list[float] = []
     server.kill()
-    async with limiter(server.url, on_error=lambda kind: failed_at.append(time.monotonic())):
+    async with limiter(server.url, loses_redis=True, on_error=lambda kind: failed_at.append(time.monotonic())):
         await until(lambda: len(failed_at) == 12)
     pauses = [later - earlier for earlier, later in pairwise(failed_at)]
     for pause, least in zip(pauses, [0.01, 0.02, 0.04, *[0.05] * 8], strict=True):
@@ -593,7 +599,7 @@ async def test_the_pause_between_probes_grows_and_then_stays(server: Server, mon
 async def test_what_is_released_in_a_long_outage_is_not_kept(server: Server, quick_probes: None) -> None:
     """A lease that has ended by itself needs nobody to tell Redis."""
     who = principal(concurrent_requests=10)
-    async with limiter(server.url, lease=0.5) as limiter_:
+    async with limiter(server.url, loses_redis=True, lease=0.5) as limiter_:
         ids = [new_id() for _ in range(10)]
         assert granted([await limiter_.admit(who, exchange_id) for exchange_id in ids]) == 10
         server.kill()
@@ -609,7 +615,7 @@ async def test_what_is_released_in_a_long_outage_is_not_kept(server: Server, qui
 
 async def test_without_redis_the_limit_holds_together_with_what_redis_granted(server: Server) -> None:
     who = principal(requests_per_minute=10)
-    async with limiter(server.url) as limiter_:
+    async with limiter(server.url, loses_redis=True) as limiter_:
         assert granted(await admit(limiter_, who, 6)) == 6
         server.kill()
         answers = await admit(limiter_, who, 10)
@@ -621,7 +627,7 @@ async def test_without_redis_the_limit_holds_together_with_what_redis_granted(se
 
 async def test_without_redis_each_node_grants_its_share(server: Server) -> None:
     server.kill()
-    async with limiter(server.url, nodes=4, global_per_minute=40) as limiter_:
+    async with limiter(server.url, loses_redis=True, nodes=4, global_per_minute=40) as limiter_:
         await until(lambda: limiter_.state == "local")
         assert granted(await admit(limiter_, principal(requests_per_minute=20, key_id="a"), 10)) == 5
         assert granted(await admit(limiter_, principal(requests_per_minute=3, key_id="b"), 10)) == 1
@@ -634,7 +640,7 @@ async def test_without_redis_the_window_slides_too(server: Server) -> None:
     server.kill()
     now = 1000.0
     who = principal(requests_per_minute=3)
-    async with limiter(server.url, clock=lambda: now) as limiter_:
+    async with limiter(server.url, loses_redis=True, clock=lambda: now) as limiter_:
         await until(lambda: limiter_.state == "local")
         assert granted(await admit(limiter_, who, 2)) == 2
         now += 20
@@ -649,7 +655,7 @@ async def test_without_redis_the_window_slides_too(server: Server) -> None:
 async def test_without_redis_slots_are_counted_and_released(server: Server, quick_probes: None) -> None:
     who = principal(concurrent_requests=2)
     failures: list[str] = []
-    async with limiter(server.url, on_error=failures.append) as limiter_:
+    async with limiter(server.url, loses_redis=True, on_error=failures.append) as limiter_:
         assert (await limiter_.admit(who, "with-redis")).granted
         server.kill()
         assert [(await limiter_.admit(who, name)).granted for name in ("a", "b")] == [True, False]
@@ -668,7 +674,7 @@ async def test_without_redis_a_setting_lets_all_pass_or_none(server: Server, pol
     who = principal(requests_per_minute=1, concurrent_requests=1)
     states: list[str] = []
     server.kill()
-    async with limiter(server.url, on_redis_down=policy, on_state=states.append) as limiter_:
+    async with limiter(server.url, loses_redis=True, on_redis_down=policy, on_state=states.append) as limiter_:
         answers = await asyncio.gather(*(limiter_.admit(who, new_id()) for _ in range(5)))
         answers += await admit(limiter_, who, 5)
         assert {(not reason, reason, True)} == {(answer.granted, answer.reason, answer.local) for answer in answers}
@@ -680,7 +686,7 @@ async def test_without_redis_a_setting_lets_all_pass_or_none(server: Server, pol
 async def test_a_redis_that_lost_its_memory_gives_no_second_helping(server: Server, quick_probes: None) -> None:
     who = principal(requests_per_minute=5, concurrent_requests=5)
     states: list[str] = []
-    async with limiter(server.url, on_state=states.append) as limiter_:
+    async with limiter(server.url, loses_redis=True, on_state=states.append) as limiter_:
         assert granted(await admit(limiter_, who, 3)) == 3
         server.kill()
         assert granted(await admit(limiter_, who, 1)) == 1
@@ -692,7 +698,7 @@ async def test_a_redis_that_lost_its_memory_gives_no_second_helping(server: Serv
 
 async def test_a_redis_that_lost_its_memory_is_told_what_runs(server: Server, quick_probes: None) -> None:
     who = principal(concurrent_requests=4)
-    async with limiter(server.url) as one:
+    async with limiter(server.url, loses_redis=True) as one:
         assert granted(await admit(one, who, 2)) == 2
         server.kill()
         assert granted(await admit(one, who, 1)) == 1
@@ -714,7 +720,7 @@ async def test_a_redis_that_restarts_between_two_requests_is_not_missed(server: 
 
 
 async def test_an_idle_gateway_sees_that_redis_is_gone(server: Server) -> None:
-    async with limiter(server.url, lease=0.3) as limiter_:
+    async with limiter(server.url, loses_redis=True, lease=0.3) as limiter_:
         await limiter_.admit(principal(requests_per_minute=1), new_id())
         server.kill()
         await until(lambda: limiter_.state == "local")
@@ -732,7 +738,10 @@ async def test_a_redis_that_cannot_write_is_a_redis_that_is_gone(
 ) -> None:
     who = principal(requests_per_minute=10, concurrent_requests=10)
     failures: list[str] = []
-    async with connect_redis(server.url) as redis, limiter(server.url, on_error=failures.append) as limiter_:
+    async with (
+        connect_redis(server.url) as redis,
+        limiter(server.url, loses_redis=True, on_error=failures.append) as limiter_,
+    ):
         assert not (await limiter_.admit(who, new_id())).local
         await command(redis, fail)
         assert (await limiter_.admit(who, new_id())).local

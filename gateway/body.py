@@ -1,0 +1,47 @@
+"""The body of a JSON request, read within its bounds: of size, of time, of form."""
+
+import asyncio
+
+from aiohttp import hdrs, web
+
+from gateway.appkeys import SETTINGS
+from gateway.protocol.errors import InvalidRequest, PayloadTooLarge, RequestTimeout, UnsupportedMediaType
+
+
+async def read_body(request: web.Request, limit: int) -> bytes:
+    """Its bytes, not yet parsed. Raises GatewayError: 415; 413, from the declared length if there is one; 408; 400."""
+    _check_form(request)
+    if (request.content_length or 0) > limit:
+        raise _too_large(limit)
+    seconds = request.config_dict[SETTINGS].gateway_body_timeout
+    try:
+        async with asyncio.timeout(seconds):
+            return await _read(request, limit)
+    except TimeoutError:
+        raise RequestTimeout(f"the request body did not arrive within {seconds:g} s") from None
+    except web.RequestPayloadError:
+        raise InvalidRequest("the request body is not framed as HTTP demands") from None
+
+
+def _check_form(request: web.Request) -> None:
+    # Refused unread, so there is no bomb to inflate.
+    if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
+        raise UnsupportedMediaType("compressed request bodies are not taken: send it without Content-Encoding")
+    kind = request.content_type
+    if hdrs.CONTENT_TYPE in request.headers and kind != "application/json" and not kind.endswith("+json"):
+        raise UnsupportedMediaType("the Content-Type must be application/json")
+    if (request.charset or "utf-8").lower().replace("-", "") not in ("utf8", "usascii"):
+        raise UnsupportedMediaType("the charset must be utf-8")
+
+
+async def _read(request: web.Request, limit: int) -> bytes:
+    body = bytearray()
+    async for data in request.content.iter_any():
+        body += data
+        if len(body) > limit:
+            raise _too_large(limit)
+    return bytes(body)
+
+
+def _too_large(limit: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"a request body may have at most {limit} bytes here")
