@@ -18,7 +18,7 @@ from gateway.identity import API_KEY, identify
 from gateway.logs import exchange_fields
 from gateway.protocol import errors as e
 from gateway.protocol.chat import parse_chat
-from gateway.stores.limits import Admission
+from gateway.stores.grants import Admission
 from gateway.stores.usage import row_of
 
 log = logging.getLogger("gateway.access")
@@ -183,7 +183,8 @@ async def limit(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 def _rate_headers(exchange: Exchange, admission: Admission) -> None:
-    if admission.limit:
+    # The key's own window alone: another limit that refused it is no limit of requests a minute.
+    if admission.limit and admission.reason in ("", "requests_per_minute"):
         exchange.headers["x-ratelimit-limit-requests"] = str(admission.limit)
         exchange.headers["x-ratelimit-remaining-requests"] = str(admission.remaining)
         exchange.headers["x-ratelimit-reset-requests"] = f"{admission.reset_after:.3f}s"

@@ -16,12 +16,13 @@ from gateway.appkeys import ACCOUNTS, KEYS, SETTINGS
 from gateway.body import read_body
 from gateway.exchange import Principal
 from gateway.identity import find_key, identify
-from gateway.protocol.chat import MAX_MODEL, parse_object
+from gateway.protocol.checks import MAX_MODEL
 from gateway.protocol.errors import (
     InvalidRequest,
     PermissionDenied,
     Unauthenticated,
 )
+from gateway.protocol.json_object import parse_object
 from gateway.settings import Settings
 from gateway.stores.key_rows import Key, KeyChanges
 

@@ -15,7 +15,7 @@ from aiohttp import web
 from gateway.appkeys import POOL, USAGE
 from gateway.exchange import Principal
 from gateway.identity import identify
-from gateway.protocol.chat import MAX_MODEL
+from gateway.protocol.checks import MAX_MODEL
 from gateway.protocol.errors import InvalidRequest
 from gateway.stores.stats import GROUP_BY, RANGES, Figures, Scope, read_rows, read_stats
 from gateway.stores.tokens import prefix_of

@@ -80,8 +80,10 @@ def _message(parsed: Mapping[str, Any], depth: int) -> str:
 
 
 def _code(parsed: Mapping[str, Any]) -> str:
-    """Google's `code` is a number, and the word stands in `status`."""
-    code, status = _clean(parsed.get("code"), MAX_WORD), parsed.get("status")
+    """Google's `code` is a number, and the word stands in `status`; Anthropic's is in `details`."""
+    details = parsed.get("details")
+    given = parsed.get("code") or (details.get("error_code") if isinstance(details, dict) else None)
+    code, status = _clean(given, MAX_WORD), parsed.get("status")
     return _clean(status, MAX_WORD) if isinstance(status, str) and (not code or code.isdigit()) else code
 
 

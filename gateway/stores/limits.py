@@ -17,7 +17,7 @@ import hashlib
 import logging
 import math
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib import resources
@@ -29,10 +29,10 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from gateway.exchange import Principal
+from gateway.stores.grants import UNLIMITED, Admission, Grants, Reason
 
 log = logging.getLogger(__name__)
 
-Reason = Literal["", "requests_per_minute", "concurrent_requests", "global_requests_per_minute", "unavailable"]
 OnRedisDown = Literal["local", "open", "closed"]
 State = Literal["redis", "local", "open", "closed"]
 
@@ -41,8 +41,6 @@ FIRST_PAUSE = 1.0  # seconds between the loss of Redis and the first probe; doub
 LONGEST_PAUSE = 5.0 - 2 * TIMEOUT  # seconds; a Redis that is back is used again within 5
 MAX_OPERATIONS = 250  # in one call, which takes Redis about 20 µs each; meanwhile it answers nobody else
 MAX_RENEWALS = 100  # of those
-MAX_KEYS = 10_000  # whose requests are remembered here: 20 MB if each had 60
-CONCURRENT_RETRY = 1  # seconds; nobody knows when a request ends
 
 
 def connect_redis(url: str) -> Redis:
@@ -56,155 +54,6 @@ def connect_redis(url: str) -> Redis:
         url, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=1.0, socket_connect_timeout=TIMEOUT
     )
     return client
-
-
-class Admission(NamedTuple):
-    """The answer to one request. The window is that of the limit that refused it, else of its key's requests."""
-
-    granted: bool
-    reason: Reason = ""  # which limit refused it
-    limit: int = 0  # requests that the window has room for; 0: there is no limit
-    remaining: int = 0
-    # Seconds until the window is empty again, which is what OpenAI's `x-ratelimit-reset-requests` says
-    # (https://platform.openai.com/docs/guides/rate-limits).
-    reset_after: float = 0.0
-    retry_after: int = 0  # whole seconds until the window has room for one more; 0: granted
-    local: bool = False  # Redis is gone, and this process answered by itself
-
-
-UNLIMITED = Admission(granted=True)
-
-
-# --- what this process granted ------------------------------------------------------------------------------------
-
-
-class SlidingWindow:
-    """When requests were granted, seconds, oldest first."""
-
-    __slots__ = ("_span", "_times")
-
-    def __init__(self, span: float) -> None:
-        self._span = span  # seconds
-        self._times: deque[float] = deque()
-
-    def has_room(self, limit: int, now: float, slack: float = 0.0) -> bool:
-        """Whether one more fits; `slack` seconds before its time a request counts as gone."""
-        return len(self._times) < limit or now - self._times[-limit] >= self._span - slack
-
-    def add(self, now: float) -> None:
-        self._trim(now)
-        self._times.append(now)
-
-    def count(self, now: float) -> int:
-        self._trim(now)
-        return len(self._times)
-
-    def room_after(self, limit: int, now: float) -> float:
-        """Seconds until one more fits."""
-        return 0.0 if self.has_room(limit, now) else self._times[-limit] + self._span - now
-
-    def empty_after(self, now: float) -> float:
-        return max(self._times[-1] + self._span - now, 0.0) if self._times else 0.0
-
-    def _trim(self, now: float) -> None:
-        while self._times and now - self._times[0] >= self._span:
-            self._times.popleft()
-
-
-class Grants:
-    """What this process granted: its requests of the last window, and the leases of those that still run.
-
-    Written by the limiter alone. Enough to go on without Redis, and to know without asking that a limit is used up.
-    """
-
-    def __init__(self, window: float, all_limit: int) -> None:
-        self._window = window
-        self._all_limit = all_limit
-        self._all = SlidingWindow(window)
-        self._windows: OrderedDict[str, SlidingWindow] = OrderedDict()  # by key id, the least recently used first
-        self._leases: dict[str, str] = {}  # exchange id -> key id
-        self._concurrent: dict[str, int] = {}  # key id -> its leases; no zeros
-
-    def refusal(self, who: Principal, now: float, *, nodes: int = 1, slack: float = 0.0) -> Admission | None:
-        """The answer when this process has granted a node's share of a limit by itself; None: there is room."""
-        limit, concurrent = _share(who.requests_per_minute, nodes), _share(who.concurrent_requests, nodes)
-        all_limit = _share(self._all_limit, nodes)
-        if limit and not (window := self._window_of(who.key_id)).has_room(limit, now, slack):
-            return self._full("requests_per_minute", who.requests_per_minute, window, limit, now)
-        if concurrent and self._concurrent.get(who.key_id, 0) >= concurrent:
-            return _refused("concurrent_requests", who.concurrent_requests, 0.0, 0.0)
-        if all_limit and not self._all.has_room(all_limit, now, slack):
-            return self._full("global_requests_per_minute", self._all_limit, self._all, all_limit, now)
-        return None
-
-    def record(self, who: Principal, exchange_id: str, now: float) -> None:
-        if who.requests_per_minute:
-            self._window_of(who.key_id).add(now)
-        if self._all_limit:
-            self._all.add(now)
-        if who.concurrent_requests:
-            self.hold(who.key_id, exchange_id)
-
-    def hold(self, key_id: str, exchange_id: str) -> None:
-        if exchange_id not in self._leases:
-            self._leases[exchange_id] = key_id
-            self._concurrent[key_id] = self._concurrent.get(key_id, 0) + 1
-
-    def give_back(self, exchange_id: str) -> bool:
-        """False when there was nothing to give back."""
-        key_id = self._leases.pop(exchange_id, None)
-        if key_id is None:
-            return False
-        left = self._concurrent[key_id] - 1
-        if left:
-            self._concurrent[key_id] = left
-        else:
-            del self._concurrent[key_id]
-        return True
-
-    def granted(self, who: Principal, now: float, *, nodes: int) -> Admission:
-        """What to say of a request that was just recorded without Redis."""
-        if not who.requests_per_minute:
-            return UNLIMITED._replace(local=True)
-        window = self._window_of(who.key_id)
-        left = max(_share(who.requests_per_minute, nodes) - window.count(now), 0)
-        return Admission(True, "", who.requests_per_minute, left, window.empty_after(now), local=True)
-
-    def leases(self) -> list[tuple[str, str]]:
-        """Exchange id and key id of all that run."""
-        return list(self._leases.items())
-
-    def key_of(self, exchange_id: str) -> str | None:
-        """The key that a running request holds a lease of."""
-        return self._leases.get(exchange_id)
-
-    def forget_idle(self, now: float) -> None:
-        for key_id in [key_id for key_id, window in self._windows.items() if not window.count(now)]:
-            del self._windows[key_id]
-
-    def _window_of(self, key_id: str) -> SlidingWindow:
-        window = self._windows.get(key_id)
-        if window is None:
-            window = self._windows[key_id] = SlidingWindow(self._window)
-            if len(self._windows) > MAX_KEYS:
-                self._windows.popitem(last=False)
-        else:
-            self._windows.move_to_end(key_id)
-        return window
-
-    def _full(self, reason: Reason, limit: int, window: SlidingWindow, share: int, now: float) -> Admission:
-        return _refused(reason, limit, window.empty_after(now), window.room_after(share, now))
-
-
-def _share(limit: int, nodes: int) -> int:
-    """What one of so many nodes may grant of a limit by itself: at least one, or its users would be locked out."""
-    return max(limit // nodes, 1) if limit else 0
-
-
-def _refused(reason: Reason, limit: int, empty_after: float, room_after: float) -> Admission:
-    if reason == "concurrent_requests":
-        return Admission(False, reason, limit, 0, CONCURRENT_RETRY, CONCURRENT_RETRY)
-    return Admission(False, reason, limit, 0, empty_after, max(math.ceil(room_after), 1))
 
 
 # --- what Redis is asked ------------------------------------------------------------------------------------------
@@ -366,8 +215,8 @@ class Limiter:
         if not self._lost.is_set() or self._clock() - self._lost_at < self._lease:
             self._send(_Operation("release", key_id, exchange_id))
 
-    def _send(self, *operations: _Operation) -> None:
-        self._queue.extend(operations)
+    def _send(self, operation: _Operation) -> None:
+        self._queue.append(operation)
         if self._sender is None and not self._lost.is_set():
             # A task begins in the next turn of the loop; by then the queue has all that was asked in this one.
             self._sender = asyncio.get_running_loop().create_task(self._send_all())
@@ -447,7 +296,7 @@ class Limiter:
         if not refused:
             return Admission(True, "", who.requests_per_minute, remaining, empty_after / 1e6)
         limit = (who.requests_per_minute, who.concurrent_requests, self._all_limit)[refused - 1]
-        return _refused(_REASONS[refused], limit, empty_after / 1e6, room_after / 1e6)
+        return refused(_REASONS[refused], limit, empty_after / 1e6, room_after / 1e6)
 
     # --- without Redis ---
 
@@ -498,14 +347,10 @@ class Limiter:
             if self._clock() - self._lost_at >= self._lease:
                 self._queue.clear()  # those leases have ended by themselves
         else:
-            self._find()
-
-    def _find(self) -> None:
-        """Redis is back: before it is asked anything, it is told what runs here. A restart may have lost its memory."""
-        log.info("Redis is back after %.1f s", self._clock() - self._lost_at)
-        self._lost.clear()
-        self._on_state(self.state)
-        self._send(*(_Operation("renew", key_id, exchange_id) for exchange_id, key_id in self._grants.leases()))
+            # A restart may have lost its memory: `run` goes on by renewing all leases.
+            self._lost.clear()
+            log.info("Redis is back after %.1f s", self._clock() - self._lost_at)
+            self._on_state(self.state)
 
 
 def _expire(deadline: asyncio.Timeout) -> None:

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.protocol.chat import MAX_DEPTH, ChatRequest, edit_object, parse_chat, parse_object, prompt_text
+from gateway.protocol.chat import ChatRequest, parse_chat, prompt_text
 from gateway.protocol.errors import InvalidJSON, InvalidRequest
+from gateway.protocol.json_object import MAX_DEPTH, edit_object, parse_object
 
 pytestmark = pytest.mark.unit
 

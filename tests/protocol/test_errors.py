@@ -77,10 +77,6 @@ def test_code_param_and_retry_after_are_the_instances_own() -> None:
     assert errors.RateLimited("slower").error_code == "rate_limit_exceeded"
 
 
-def test_whether_to_retry_is_left_to_the_clients_sdk() -> None:
-    assert GatewayError("x").should_retry is None
-
-
 def test_a_rejection_keeps_the_providers_status_and_type() -> None:
     error = UpstreamRejected("no such field", status=422, type="invalid_field", param="x", code="bad")
     assert error.http_status == 422

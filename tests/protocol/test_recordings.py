@@ -13,9 +13,10 @@ from typing import Any
 import orjson
 import pytest
 
-from gateway.protocol.chat import Call, edit_object, parse_chat, prompt_text
+from gateway.protocol.chat import Call, parse_chat, prompt_text
 from gateway.protocol.dialects import DIALECTS
 from gateway.protocol.errors import GatewayError, ProviderAuth, UpstreamRejected
+from gateway.protocol.json_object import edit_object
 from gateway.protocol.meter import Meter
 from gateway.protocol.usage import Usage
 from tests.support.streams import Played, assemble, counts, in_pieces, load_cases, make_call, play

@@ -100,6 +100,17 @@ def test_a_newline_after_two_carriage_returns_is_no_line_of_its_own() -> None:
     assert (first.raw, second.raw) == (b"data: 1\r\r", b"\ndata: 2\r\n\r\n")
 
 
+def test_a_newline_that_belongs_to_a_carriage_return_makes_no_blank_line() -> None:
+    data = b"data: 1\r\r\n\ndata: 2\n\n"
+    for pieces in ([data], [data[:9], data[9:]], [data[:10], data[10:]]):
+        assert [event.raw for event in decode(*pieces)] == [b"data: 1\r\r", b"\n\ndata: 2\n\n"]
+
+
+def test_blank_lines_alone_come_out_at_once() -> None:
+    assert [event.raw for event in decode(b"\n\n")] == [b"\n\n"]
+    assert [event.raw for event in decode(b"data: 1\n\n\n\n")] == [b"data: 1\n\n", b"\n\n"]
+
+
 def test_a_carriage_return_at_the_end_waits_for_its_newline() -> None:
     decoder = SSEDecoder()
     assert decoder.feed(b"data: 1\n\r") == []
@@ -186,6 +197,12 @@ def test_an_event_that_is_too_large_does_not_eat_the_good_ones_before_it(size: i
         for at in range(0, len(data) + size, size):
             events += [event.data for event in decoder.feed(data[at : at + size])]
     assert events == [b"1", b"2"]
+
+
+def test_an_event_of_the_largest_size_may_wait_for_what_follows_it() -> None:
+    decoder = SSEDecoder(max_event=10)
+    assert decoder.feed(b"data: 12\n\r") == []
+    assert [event.data for event in decoder.feed(b":")] == [b"12"]
 
 
 def test_a_flood_without_a_line_end_is_not_held() -> None:

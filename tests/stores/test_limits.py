@@ -19,7 +19,8 @@ from redis.asyncio import Redis
 
 from gateway.exchange import Principal, new_id
 from gateway.stores import limits
-from gateway.stores.limits import UNLIMITED, Admission, Limiter, SlidingWindow, connect_redis
+from gateway.stores.grants import UNLIMITED, Admission, SlidingWindow
+from gateway.stores.limits import Limiter, connect_redis
 
 pytestmark = pytest.mark.integration
 
@@ -80,6 +81,7 @@ class Server:
     """A Valkey of one test's own, to be stopped and killed."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._socket = folder / "valkey"
         self.url = f"unix://{self._socket}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -294,6 +296,19 @@ async def test_a_key_far_over_its_limit_costs_no_round_trip(server: Server) -> N
         assert await calls(redis) == 0
 
 
+async def test_where_our_clock_and_that_of_redis_may_disagree_redis_decides(redis_url: str, redis: Redis) -> None:
+    """We count a request from when it was asked, Redis from when it was granted."""
+    now = 1000.0
+    who = principal(requests_per_minute=1)
+    async with limiter(redis_url, clock=lambda: now) as limiter_:
+        assert granted(await admit(limiter_, who, 1)) == 1
+        await redis.delete(REQUESTS)
+        now += 60 - 2 * limits.TIMEOUT
+        assert not (await limiter_.admit(who, new_id())).granted
+        now += 1.5 * limits.TIMEOUT
+        assert (await limiter_.admit(who, new_id())).granted
+
+
 async def test_what_redis_keeps_ends_by_itself(redis_url: str, redis: Redis) -> None:
     async with limiter(redis_url, global_per_minute=10) as limiter_:
         await limiter_.admit(principal(10, 10), new_id())
@@ -492,6 +507,17 @@ async def test_what_redis_grants_after_we_gave_up_holds_no_slot(server: Server, 
         await until(was_recorded)
         await until(lambda: limiter_.state == "redis")
         assert (await limiter_.admit(who, new_id())).granted
+
+
+async def test_a_shutdown_in_the_middle_of_a_round_trip_leaves_nobody_waiting(server: Server) -> None:
+    async with limiter(server.url, loses_redis=True) as limiter_:
+        await limiter_.admit(principal(requests_per_minute=1, key_id="other"), new_id())
+        server.signal(signal.SIGSTOP)
+        waiting = asyncio.create_task(limiter_.admit(principal(requests_per_minute=1), new_id()))
+        await turns(10)  # now it was sent
+        assert limiter_._sender is not None
+        limiter_._sender.cancel()  # as asyncio.run does with every task that is left
+        assert (await waiting).local
 
 
 # --- one round trip -----------------------------------------------------------------------------------------------
@@ -697,16 +723,36 @@ async def test_a_redis_that_lost_its_memory_gives_no_second_helping(server: Serv
 
 
 async def test_a_redis_that_lost_its_memory_is_told_what_runs(server: Server, quick_probes: None) -> None:
-    who = principal(concurrent_requests=4)
+    """All of it: more than one round trip renews."""
+    who = principal(concurrent_requests=201)
     async with limiter(server.url, loses_redis=True) as one:
-        assert granted(await admit(one, who, 2)) == 2
+        assert granted(await admit(one, who, 199)) == 199
         server.kill()
         assert granted(await admit(one, who, 1)) == 1
         server.start()
-        await until(lambda: one.state == "redis")
-        await one.admit(principal(requests_per_minute=1, key_id="other"), new_id())
-        async with limiter(server.url) as other:
+        async with connect_redis(server.url) as redis, limiter(server.url) as other:
+
+            async def was_told() -> bool:
+                return await redis.zcard(LEASES) == 200
+
+            await until(was_told)
             assert [admission.granted for admission in await admit(other, who, 2)] == [True, False]
+
+
+async def test_a_fail_over_is_followed_to_the_new_server(server: Server, quick_probes: None) -> None:
+    """The old one lives on, and the open connection leads to it."""
+    who = principal(requests_per_minute=10)
+    successor = Server(server.folder)
+    async with connect_redis(server.url) as redis, limiter(server.url, loses_redis=True) as limiter_:
+        await limiter_.admit(who, new_id())
+        await command(redis, "REPLICAOF 127.0.0.1 1")
+        assert (await limiter_.admit(who, new_id())).local
+        successor.start()
+        try:
+            await until(lambda: limiter_.state == "redis")
+            assert not (await limiter_.admit(who, new_id())).local
+        finally:
+            successor.kill()
 
 
 async def test_a_redis_that_restarts_between_two_requests_is_not_missed(server: Server) -> None:

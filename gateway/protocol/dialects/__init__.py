@@ -1,4 +1,4 @@
-"""The wire formats. A new one is a module or a package here, a line in DIALECTS, and its streams under tests/streams/."""
+"""The wire formats. A new one is a module or package here, a line in DIALECTS, and its streams in tests/streams/."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

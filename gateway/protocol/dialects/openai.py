@@ -14,32 +14,26 @@ from typing import Any
 
 import orjson
 
-from gateway.protocol.chat import Call, Chunk, Reply, UpstreamRequest, edit_object
-from gateway.protocol.error_object import read_error_object
+from gateway.protocol.chat import Call, Chunk, Reply, UpstreamRequest
 from gateway.protocol.errors import (
     EventTooLarge,
     GatewayError,
-    ProviderAuth,
     UpstreamBadBody,
     UpstreamError,
-    UpstreamOverloaded,
-    UpstreamRateLimited,
-    UpstreamRejected,
     UpstreamTruncated,
 )
+from gateway.protocol.json_object import edit_object
+from gateway.protocol.refusals import refusal, reported
 from gateway.protocol.sse import DONE, Event, SSEDecoder, data_event, decode_event
 from gateway.protocol.usage import Usage
 
 MAX_BAD_EVENTS = 3  # of broken JSON in one stream: one may be a server's slip, three are another protocol
-MIN_RETRY_AFTER = 1.0  # seconds; after a 429 with 0, or with none, a client would be back at once
-HIDDEN = "the provider's message is hidden, because it may quote a credential"
 
 _BOM = b"\xef\xbb\xbf"
 _LAST_WORD = b"[DONE]"
 # A chunk without choices that has one of these is more than the usage chunk we asked for: OpenAI's moderation, Azure's
 # verdict on the prompt, the sources of a search.
 _MORE_THAN_USAGE = ("moderation", "prompt_filter_results", "citations", "search_results")
-_CODES = {404: "model_not_found", 413: "request_too_large"}  # ours, for a provider that gives none
 
 
 class OpenAITranslator:
@@ -101,7 +95,7 @@ class OpenAITranslator:
 
     def _take(self, event: Event) -> Chunk | None:
         if event.stray is not None or event.name == "error":
-            return self._fail(self._failure(_loads_or_text(event.stray or event.data or b"")))
+            return self._fail(self._reported(_loads_or_text(event.stray or event.data or b"")))
         if event.data is None:
             # A comment keeps the connection alive. A bare `event:` or `id:` makes the OpenAI SDK parse an empty string.
             return Chunk(event.raw) if event.plain and not event.name else None
@@ -113,7 +107,7 @@ class OpenAITranslator:
             return Chunk(_sendable(event))
         parsed = _loads(data)
         if (error := _error_in(parsed)) is not None:
-            return self._fail(self._failure(error), parsed)
+            return self._fail(self._reported(error), parsed)
         if not isinstance(parsed, dict):
             self._drop()
             return None
@@ -159,13 +153,16 @@ class OpenAITranslator:
         usage = _usage(parsed) if isinstance(parsed, dict) else None
         return Chunk(b"", usage=usage) if usage is not None else None
 
+    def _reported(self, parsed: Any) -> UpstreamError:
+        return reported(parsed, self._call.target)
+
     # --- a whole answer ---
 
     def reply(self, body: bytes) -> Reply:
         body = body.removeprefix(_BOM)
         parsed = _loads(body)
         if (error := _error_in(parsed)) is not None:
-            raise self._failure(error)
+            raise self._reported(error)
         if not isinstance(parsed, dict) or not isinstance(parsed.get("choices"), list):
             raise UpstreamBadBody("the provider's answer is not a chat completion")
         choices = _choices(parsed)
@@ -175,51 +172,7 @@ class OpenAITranslator:
     # --- errors ---
 
     def error(self, status: int, body: bytes, retry_after: float | None = None) -> GatewayError:
-        said = read_error_object(_loads(body))
-        if status in (401, 403) or (status < 500 and said.word == "invalid_api_key"):
-            return self._auth_error(status)
-        message = HIDDEN if said.quotes_key(self._call.target.credential) else said.message
-        message = message or f"the provider answered {status}"
-        if status == 429:
-            quota = "insufficient_quota" if "insufficient_quota" in (said.code, said.type) else None
-            return UpstreamRateLimited(message, code=quota, retry_after=max(MIN_RETRY_AFTER, retry_after or 0))
-        if status in (503, 529):
-            return UpstreamOverloaded(message, retry_after=retry_after)
-        if 400 <= status < 500:
-            return UpstreamRejected(
-                message,
-                status=status,
-                type=said.type or "invalid_request_error",
-                param=said.param or None,
-                code=said.word or _CODES.get(status),
-            )
-        kind = "redirect" if 300 <= status < 400 else "http_5xx"
-        return UpstreamError(message, kind=kind, code=said.word, retry_after=retry_after)
-
-    def _auth_error(self, status: int) -> GatewayError:
-        if not self._call.target.own_credential:
-            return ProviderAuth("the provider refused the gateway's credential")
-        if status == 403:
-            return UpstreamRejected(
-                "the provider does not let your credential do this",
-                status=403,
-                type="permission_error",
-                code="permission_denied",
-            )
-        return UpstreamRejected(
-            "the provider refused your credential", status=401, type="authentication_error", code="invalid_api_key"
-        )
-
-    def _failure(self, parsed: Any) -> UpstreamError:
-        """The error that came with status 200."""
-        said = read_error_object(parsed)
-        if said.refuses_credential:
-            code = "invalid_api_key" if self._call.target.own_credential else "provider_auth"
-            return UpstreamError("the provider refused the credential", kind="error_event", code=code)
-        message = HIDDEN if said.quotes_key(self._call.target.credential) else said.message
-        return UpstreamError(
-            message or "the provider failed and gave no reason", kind="error_event", code=said.code or None
-        )
+        return refusal(status, _loads(body), self._call.target, retry_after)
 
 
 def model_names(parsed: Any) -> Sequence[str]:

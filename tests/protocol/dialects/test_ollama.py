@@ -419,11 +419,11 @@ def test_the_operators_refused_credential_is_the_gateways_fault_and_its_text_is_
     assert (error.http_status, "abc" in error.message) == (502, False)
 
 
-@pytest.mark.parametrize("status", [401, 403])
-def test_the_callers_own_refused_credential_is_told_to_the_caller(status: int) -> None:
+@pytest.mark.parametrize(("status", "code"), [(401, "invalid_api_key"), (403, "permission_denied")])
+def test_the_callers_own_refused_credential_is_told_to_the_caller(status: int, code: str) -> None:
     error = failed(status, b'{"error":"unauthorized: key abc"}', own_credential=True)
     assert isinstance(error, UpstreamRejected)
-    assert (error.http_status, error.error_code, "abc" in error.message) == (status, "invalid_api_key", False)
+    assert (error.http_status, error.error_code, "abc" in error.message) == (status, code, False)
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, 1.0), (0.0, 1.0), (0.2, 1.0), (7.0, 7.0)])

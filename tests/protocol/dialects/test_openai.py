@@ -7,7 +7,7 @@ import orjson
 import pytest
 
 from gateway.protocol.chat import Chunk
-from gateway.protocol.dialects.openai import HIDDEN, OpenAITranslator, model_names
+from gateway.protocol.dialects.openai import OpenAITranslator, model_names
 from gateway.protocol.errors import (
     EventTooLarge,
     GatewayError,
@@ -19,6 +19,7 @@ from gateway.protocol.errors import (
     UpstreamRejected,
     UpstreamTruncated,
 )
+from gateway.protocol.refusals import HIDDEN
 from gateway.protocol.sse import DONE, MAX_EVENT, data_event
 from gateway.protocol.usage import Usage
 from tests.support.streams import make_call, play
@@ -237,6 +238,18 @@ def test_an_error_that_was_not_closed_is_an_error() -> None:
         openai.flush()
 
 
+def test_half_an_event_at_the_end_is_no_broken_event() -> None:
+    openai = translator()
+    openai.feed(b"data: {\n\ndata: {\n\n" + event(chunk({"content": "a"}, "stop")) + b'data: {"choi')
+    assert openai.flush() == [Chunk(DONE)]
+
+
+def test_what_was_left_open_after_done_is_ignored() -> None:
+    openai = translator()
+    openai.feed(DONE + b'data: {"choices":[]}')
+    assert openai.flush() == []
+
+
 # --- usage --------------------------------------------------------------------------------------------------------
 
 ALONE = {"id": "c1", "object": "chat.completion.chunk", "choices": [], "usage": USAGE}
@@ -403,7 +416,7 @@ def test_usage_on_an_error_is_counted() -> None:
 def test_an_error_about_the_credential_hides_what_the_provider_said(said: dict[str, Any]) -> None:
     raw = event({"error": {"message": "bad key sk-live-123", **said}})
     error = broken_by(raw)[1]
-    assert (error.message, error.error_code) == ("the provider refused the credential", "provider_auth")
+    assert (error.message, error.error_code) == ("the provider refused the gateway's credential", "provider_auth")
     assert broken_by(raw, target={"own_credential": True})[1].error_code == "invalid_api_key"
 
 
@@ -526,13 +539,19 @@ def test_every_vendors_error_is_understood(body: Any, message: str) -> None:
         ({"error": {"code": "too_long", "status": "INVALID_ARGUMENT"}}, "too_long"),
         ({"error": {"code": "x" * 200}}, "x" * 128),
         ({"code": "invalid-argument", "error": "no"}, "invalid-argument"),
-        ({"error": {"code": "400"}}, "upstream_error"),
-        ({"error": {"code": True}}, "upstream_error"),
-        ({"error": {"code": ["x"]}}, "upstream_error"),
+        ({"error": {"code": "400"}}, "invalid_request_error"),
+        ({"error": {"code": True}}, "invalid_request_error"),
+        ({"error": {"code": ["x"]}}, "invalid_request_error"),
     ],
 )
 def test_a_code_is_a_word_and_never_a_number(body: Any, code: str) -> None:
     assert error(400, body).error_code == code
+
+
+def test_the_providers_type_is_passed_on_and_what_it_left_out_is_filled_in() -> None:
+    typed = error(400, {"object": "error", "message": "no", "type": "BadRequestError"})
+    assert (typed.error_type, typed.param) == ("BadRequestError", None)
+    assert error(400, {"error": {"message": "no"}}).error_type == "invalid_request_error"
 
 
 def test_the_field_that_fastapi_names_is_the_param() -> None:
@@ -571,6 +590,7 @@ def test_a_credential_refused_with_another_status_is_refused_all_the_same() -> N
     body = {"error": {"message": "Incorrect API key", "code": "invalid_api_key"}}
     assert isinstance(error(400, body), ProviderAuth)
     assert error(400, body, own_credential=True).http_status == 401
+    assert not isinstance(error(500, body), ProviderAuth)
 
 
 @pytest.mark.parametrize(

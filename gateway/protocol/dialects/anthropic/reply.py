@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from gateway.protocol.chat import Call, Reply
 from gateway.protocol.dialects.anthropic.answer import ToolCall, encrypted, envelope, finish_reason, signed
 from gateway.protocol.dialects.anthropic.counts import Counts, is_whole
-from gateway.protocol.dialects.anthropic.errors import reported
 from gateway.protocol.dialects.anthropic.objects import Json, dump, json_object, object_of, text_of
 from gateway.protocol.dialects.anthropic.tools import Tool
 from gateway.protocol.errors import UpstreamBadBody
+from gateway.protocol.refusals import reported
 
 
 def read_reply(call: Call, tools: Mapping[str, Tool], body: bytes) -> Reply:
@@ -17,7 +17,7 @@ def read_reply(call: Call, tools: Mapping[str, Tool], body: bytes) -> Reply:
     if message is None:
         raise UpstreamBadBody("the provider's answer is not a JSON object")
     if message.get("type") == "error" or (message.get("error") and "content" not in message):
-        raise reported(message, own_credential=call.target.own_credential)
+        raise reported(message, call.target)
     if not isinstance(message.get("content"), list):
         raise UpstreamBadBody("the provider's answer has no content")
     counts = Counts()

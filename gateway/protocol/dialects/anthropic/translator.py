@@ -11,12 +11,12 @@ from typing import Any
 from gateway.protocol.chat import Call, Chunk, Reply, UpstreamRequest
 from gateway.protocol.dialects.anthropic.chunks import Chunks
 from gateway.protocol.dialects.anthropic.counts import Counts
-from gateway.protocol.dialects.anthropic.errors import failure, reported
 from gateway.protocol.dialects.anthropic.objects import Json, dump, index_of, json_object, object_of, text_of
 from gateway.protocol.dialects.anthropic.reply import read_reply
 from gateway.protocol.dialects.anthropic.request import messages_body
 from gateway.protocol.dialects.anthropic.tools import offered_tools
 from gateway.protocol.errors import EventTooLarge, UpstreamBadBody, UpstreamError, UpstreamTruncated
+from gateway.protocol.refusals import refusal, reported
 from gateway.protocol.sse import PING, Event, SSEDecoder, decode_event
 
 MAX_BAD_EVENTS = 3  # one may be a middlebox; three are not this dialect
@@ -77,8 +77,7 @@ class AnthropicTranslator:
         return read_reply(self._call, self._tools, body)
 
     def error(self, status: int, body: bytes, retry_after: float | None = None) -> UpstreamError:
-        own_credential = self._call.target.own_credential
-        return failure(status, json_object(body) or {}, retry_after, own_credential=own_credential)
+        return refusal(status, json_object(body), self._call.target, retry_after)
 
     # --- events ---------------------------------------------------------------------------------------------------
 
@@ -86,7 +85,7 @@ class AnthropicTranslator:
         if self._done:
             return
         if event.stray is not None:  # llama.cpp says errors in a field of its own
-            self._fail(reported(json_object(event.stray) or {}, own_credential=self._call.target.own_credential))
+            self._fail(reported(json_object(event.stray), self._call.target))
         elif event.data is None:
             if event.raw.lstrip().startswith(b":"):
                 self._chunks.out.append(Chunk(PING))
@@ -187,7 +186,7 @@ class AnthropicTranslator:
         self._chunks.out.append(Chunk(PING))
 
     def _error_event(self, event: Json) -> None:
-        self._fail(reported(event, own_credential=self._call.target.own_credential))
+        self._fail(reported(event, self._call.target))
 
     def _fail(self, error: UpstreamError) -> None:
         self._error, self._done = error, True

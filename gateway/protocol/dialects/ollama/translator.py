@@ -25,24 +25,18 @@ from gateway.protocol.dialects.ollama.lines import (
     typed,
 )
 from gateway.protocol.dialects.ollama.request import build_body
-from gateway.protocol.error_object import read_error_object
 from gateway.protocol.errors import (
     EventTooLarge,
     GatewayError,
-    ProviderAuth,
     UpstreamBadBody,
-    UpstreamError,
-    UpstreamOverloaded,
-    UpstreamRateLimited,
     UpstreamRejected,
     UpstreamTruncated,
 )
+from gateway.protocol.refusals import refusal, reported
 from gateway.protocol.sse import DONE, MAX_EVENT, data_event
 from gateway.protocol.usage import Usage
 
 MAX_BAD_LINES = 3  # one line of broken JSON may be a proxy's slip, three are another protocol
-MIN_RETRY_AFTER = 1.0  # seconds; after a 429 with 0, or with none, a client would be back at once
-HIDDEN = "the provider's message is hidden, because it may quote a credential"
 
 
 class OllamaTranslator:
@@ -120,7 +114,7 @@ class OllamaTranslator:
     def _read(self, line: Mapping[str, Any]) -> list[Chunk]:
         """The chunk of one line, if it says anything. Raises one of UNREADABLE."""
         if line.get("error") is not None:
-            self._fail(self._failure(line))
+            self._fail(reported(line, self._call.target))
             return []
         said = self._said(line)
         if line.get("done") is not True:
@@ -169,7 +163,7 @@ class OllamaTranslator:
         try:
             answer = loads(body)
             if answer.get("error") is not None:
-                raise self._failure(answer)
+                raise reported(answer, self._call.target)
             said = self._said(answer)
         except UNREADABLE:
             raise UpstreamBadBody("the provider's answer is not Ollama's JSON") from None
@@ -231,38 +225,11 @@ class OllamaTranslator:
     # --- errors ---
 
     def error(self, status: int, body: bytes, retry_after: float | None = None) -> GatewayError:
-        if status in (401, 403):
-            return self._auth_error(status)
         try:
-            message = self._message(loads(body))
+            said = loads(body)
         except UNREADABLE:
-            message = ""
-        message = message or f"the provider answered {status}"
-        if status == 429:
-            return UpstreamRateLimited(message, retry_after=max(MIN_RETRY_AFTER, retry_after or 0))
-        if status == 503:
-            return UpstreamOverloaded(message, retry_after=retry_after)
-        if status == 404:
-            return UpstreamRejected(message, status=status, code="model_not_found", param="model")
-        if 400 <= status < 500:
-            code = "context_length_exceeded" if "context length" in message else None
-            return UpstreamRejected(message, status=status, code=code)
-        return UpstreamError(message, retry_after=retry_after)
-
-    def _auth_error(self, status: int) -> GatewayError:
-        if not self._call.target.own_credential:
-            return ProviderAuth("the provider refused the gateway's credential")
-        words = "the provider refused your credential"
-        return UpstreamRejected(words, status=status, type="authentication_error", code="invalid_api_key")
-
-    def _failure(self, parsed: Mapping[str, Any]) -> UpstreamError:
-        """The error that came with status 200."""
-        message = self._message(parsed) or "the provider failed and gave no reason"
-        return UpstreamError(message, kind="error_event")
-
-    def _message(self, parsed: Mapping[str, Any]) -> str:
-        said = read_error_object(parsed)
-        return HIDDEN if said.quotes_key(self._call.target.credential) else said.message
+            said = None
+        return refusal(status, said, self._call.target, retry_after)
 
 
 def model_names(parsed: Any) -> Sequence[str]:
