@@ -81,7 +81,7 @@ def exchange_fields(exchange: Exchange, usage: Usage | None, source: str) -> dic
         "key": principal.key_prefix if principal else None,
         "user_id": exchange.user_id or None,
         "app_id": exchange.app_id or None,
-        "outcome": exchange.outcome,
+        "outcome": exchange.outcome or None,
         "error_code": exchange.error_code or None,
         "stream": chat.stream if chat else None,
     }

@@ -61,6 +61,29 @@ def no_sockets_in_unit_tests(request: pytest.FixtureRequest, monkeypatch: pytest
         monkeypatch.setattr(socket.socket, name, refuse, raising=False)
 
 
+# --- figures ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Prints a line under "figures" at the end of the run; what a test prints itself is lost in xdist's workers."""
+    return lambda line: record_property("figure", line)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    lines = [
+        line
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, line in report.user_properties
+        if name == "figure"
+    ]
+    if lines:
+        terminalreporter.section("figures")
+        terminalreporter.write_line("\n".join(sorted(lines)))
+
+
 # --- servers ------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
 
@@ -65,7 +66,7 @@ async def test_a_stream_that_outlasts_the_drain_ends_with_an_error_event_and_a_r
         await connection.close()
 
 
-async def test_idle_memory_and_start_on_an_existing_data_folder(tmp_path: Path) -> None:
+async def test_idle_memory_and_start_on_an_existing_data_folder(tmp_path: Path, figure: Callable[[str], None]) -> None:
     """Under 70 MB without the embedded servers, ready in under 1.5 s with them."""
     environ = {"GATEWAY_DATA_DIR": str(tmp_path / "data")}
     async with serving(environ) as served:
@@ -84,7 +85,7 @@ async def test_idle_memory_and_start_on_an_existing_data_folder(tmp_path: Path) 
             await new_key(served)  # a password and a key were hashed: that memory is given back
             memory = served.rss_mb()
     best = min(starts)
-    print(f"ready after {first:.2f} s on a new folder, {best:.2f} s on an existing one; {memory:.0f} MB")
+    figure(f"serve: ready after {first:.2f} s on a new folder, {best:.2f} s on an existing one; {memory:.0f} MB")
     assert best < 1.5
     assert memory < 70
 

@@ -80,7 +80,12 @@ OLLAMA_PIECES = [
     ],
 )
 async def test_each_event_of_a_provider_that_trickles_arrives_within_50_ms(
-    database_url: str, redis_url: str, dialect: str, pieces: list[bytes], content_type: str
+    database_url: str,
+    redis_url: str,
+    figure: Callable[[str], None],
+    dialect: str,
+    pieces: list[bytes],
+    content_type: str,
 ) -> None:
     async with standing_in(pieces, pause=1.0, content_type=content_type) as provider:
         path = "/v1" if dialect == "openai" else ""
@@ -96,7 +101,7 @@ async def test_each_event_of_a_provider_that_trickles_arrives_within_50_ms(
                 arrived.append(monotonic())
                 received.append(data)
     late = [there - sent for there, sent in zip(arrived, provider.sent, strict=True)]
-    print(f"{dialect}: late by {max(late) * 1000:.1f} ms at most")
+    figure(f"trickle: each event of {dialect} arrived within {max(late) * 1000:.1f} ms")
     assert max(late) < 0.050
     if dialect == "openai":
         assert b"".join(received) == b"".join(pieces)

@@ -1,8 +1,4 @@
-"""A chat request as the client sent it, checked whole before anything is sent anywhere.
-
-Source of the fields and their types: the OpenAI API's `CreateChatCompletionRequest`
-(https://github.com/openai/openai-openapi). Fields that are not named here pass to OpenAI-shaped providers as they are.
-"""
+"""A chat request as the client sent it, and what a dialect promises to make of it."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,10 +11,6 @@ from gateway.protocol.errors import GatewayError
 from gateway.protocol.json_object import parse_object
 from gateway.protocol.routing import Target
 from gateway.protocol.usage import Usage
-
-MAX_DEPTH = 64  # of nested JSON; deeper than any tool schema seen, far below what breaks a parser
-MAX_MODEL = 256  # characters
-ROLES = frozenset({"developer", "system", "user", "assistant", "tool", "function"})
 
 
 @dataclass(frozen=True, slots=True)

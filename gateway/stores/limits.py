@@ -29,7 +29,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from gateway.exchange import Principal
-from gateway.stores.grants import UNLIMITED, Admission, Grants, Reason
+from gateway.stores.grants import UNLIMITED, Admission, Grants, Reason, refused
 
 log = logging.getLogger(__name__)
 
@@ -292,11 +292,12 @@ class Limiter:
         columns = (numbers[column::4] for column in range(4))
         return [self._admission(*row) for row in zip(asked, *columns, strict=True)]
 
-    def _admission(self, who: Principal, refused: int, remaining: int, empty_after: int, room_after: int) -> Admission:
-        if not refused:
+    def _admission(self, who: Principal, which: int, remaining: int, empty_after: int, room_after: int) -> Admission:
+        """`which` limit refused it, by its number in the script; 0: none."""
+        if not which:
             return Admission(True, "", who.requests_per_minute, remaining, empty_after / 1e6)
-        limit = (who.requests_per_minute, who.concurrent_requests, self._all_limit)[refused - 1]
-        return refused(_REASONS[refused], limit, empty_after / 1e6, room_after / 1e6)
+        limit = (who.requests_per_minute, who.concurrent_requests, self._all_limit)[which - 1]
+        return refused(_REASONS[which], limit, empty_after / 1e6, room_after / 1e6)
 
     # --- without Redis ---
 

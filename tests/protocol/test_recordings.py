@@ -5,7 +5,7 @@ is printed, so that their absence shows.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def recordings() -> Iterator[Recording]:
             yield Recording(row["file"], DIALECT_OF[row["kind"]], row["provider"], row["status"], row["stream"], body)
 
 
-def test_every_recording_means_what_its_provider_meant(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_recording_means_what_its_provider_meant(figure: Callable[[str], None]) -> None:
     failures, ran = [], 0
     for recording in recordings():
         ran += 1
@@ -73,8 +73,7 @@ def test_every_recording_means_what_its_provider_meant(capsys: pytest.CaptureFix
             check(recording)
         except Exception as error:  # any failure of any recording is reported, with its file
             failures.append(f"{recording.file}: {type(error).__name__}: {error}")
-    with capsys.disabled():
-        print(f"\nrecordings: {ran} ran" if ran else "\nrecordings: not present, 0 ran", end=" ")
+    figure(f"recordings: {ran} ran" if ran else "recordings: not present, 0 ran")
     assert not failures, "\n".join(failures)
     assert ran or load_cases()
 

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from gateway.exchange import Principal, new_id
+from gateway.stores import grants as grants_module
 from gateway.stores import limits
-from gateway.stores.grants import UNLIMITED, Admission, SlidingWindow
+from gateway.stores.grants import UNLIMITED, Admission, Grants, SlidingWindow
 from gateway.stores.limits import Limiter, connect_redis
 
 pytestmark = pytest.mark.integration
@@ -837,8 +838,8 @@ def test_the_local_window_grants_what_a_list_of_all_times_would(steps: list[tupl
 
 
 def test_the_requests_of_only_so_many_keys_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "MAX_KEYS", 2)
-    grants = limits.Grants(window=60.0, all_limit=0)
+    monkeypatch.setattr(grants_module, "MAX_KEYS", 2)
+    grants = Grants(window=60.0, all_limit=0)
     a, b, c = (principal(requests_per_minute=1, key_id=key_id) for key_id in "abc")
     for who in (a, b):
         grants.record(who, new_id(), 0.0)
@@ -848,7 +849,7 @@ def test_the_requests_of_only_so_many_keys_are_remembered(monkeypatch: pytest.Mo
 
 
 def test_keys_that_were_idle_for_a_window_are_forgotten() -> None:
-    grants = limits.Grants(window=60.0, all_limit=0)
+    grants = Grants(window=60.0, all_limit=0)
     who = principal(requests_per_minute=1)
     grants.record(who, new_id(), 0.0)
     grants.forget_idle(59.0)

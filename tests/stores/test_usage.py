@@ -293,7 +293,7 @@ async def test_rows_that_the_database_refuses_do_not_take_others_with_them(
         assert "canary" not in message
 
 
-async def test_many_rows_a_second_pass(store: UsageStore, heard: Heard) -> None:
+async def test_many_rows_a_second_pass(store: UsageStore, heard: Heard, figure: Callable[[str], None]) -> None:
     rows = [row() for _ in range(10_000)]
     started = perf_counter()
     for one in rows:
@@ -301,7 +301,8 @@ async def test_many_rows_a_second_pass(store: UsageStore, heard: Heard) -> None:
     recorded = perf_counter()
     await until(lambda: store.queued == 0, seconds=30)
     seconds = perf_counter() - started
-    print(f"\n{len(rows) / seconds:.0f} rows/s; record: {(recorded - started) / len(rows) * 1e6:.2f} µs a row")
+    micros = (recorded - started) / len(rows) * 1e6
+    figure(f"usage: {len(rows) / seconds:.0f} rows a second, {micros:.2f} µs to record one")
     assert heard.rows["written"] == len(rows)
 
 
