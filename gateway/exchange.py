@@ -16,6 +16,7 @@ Outcome = Literal[
     "upstream_timeout",
     "rejected",  # the provider answered with a 4xx
     "interrupted",  # we went down before it ended
+    "gateway_error",  # a bug of ours
 ]
 
 

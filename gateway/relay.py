@@ -57,7 +57,11 @@ async def relay(request: web.Request, exchange: Exchange) -> web.StreamResponse:
         attempt.note(error)
         raise
     except (asyncio.CancelledError, ConnectionError):
-        exchange.outcome = "interrupted" if request.config_dict[PULSE].draining else "client_abort"
+        if exchange.outcome != "ok":  # else it left when it had everything
+            exchange.outcome = "interrupted" if request.config_dict[PULSE].draining else "client_abort"
+        raise
+    except Exception:
+        exchange.outcome = "gateway_error"
         raise
     finally:
         exchange.upstream_ms = (monotonic() - started) * 1000
@@ -213,8 +217,10 @@ class _Attempt:
             exchange.outcome = "upstream_timeout"
         elif isinstance(error, UpstreamRejected | UpstreamRateLimited):
             exchange.outcome = "rejected"
-        else:
+        elif isinstance(error, UpstreamError):
             exchange.outcome = "upstream_error"
+        else:
+            exchange.outcome = "gateway_error"
         if not isinstance(error, UpstreamError):
             return
         self._metrics.upstream_errors.labels(self._target.provider.name, error.kind).inc()

@@ -199,6 +199,18 @@ async def test_a_client_that_leaves_a_request_without_stream_closes_the_provider
     assert (row["outcome"], row["status"], row["completion_tokens"]) == ("client_abort", 0, 0)
 
 
+async def test_a_client_that_leaves_after_the_last_word_had_everything(gateway: Gateway) -> None:
+    port = int(gateway.root_url.rsplit(":", 1)[1])
+    body = json.dumps(chat_body(MODELS["openai"], stream=True)).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {gateway.api_key}\r\n"
+    for _ in range(20):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        await reader.readuntil(b"data: [DONE]\n\n")
+        writer.transport.abort()
+    assert [row["outcome"] for row in await gateway.rows()] == ["ok"] * 20
+
+
 async def test_connections_are_used_again_after_a_stream_that_ended(
     gateway: Gateway, client: aiohttp.ClientSession
 ) -> None:
