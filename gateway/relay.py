@@ -57,8 +57,7 @@ async def relay(request: web.Request, exchange: Exchange) -> web.StreamResponse:
         attempt.note(error)
         raise
     except (asyncio.CancelledError, ConnectionError):
-        if exchange.outcome != "ok":  # else it left when it had everything
-            exchange.outcome = "interrupted" if request.config_dict[PULSE].draining else "client_abort"
+        attempt.note_left(draining=request.config_dict[PULSE].draining)
         raise
     except Exception:
         exchange.outcome = "gateway_error"
@@ -206,6 +205,11 @@ class _Attempt:
         if added:
             self._live.inc(added)
             self._exchange.counted_live += added
+
+    def note_left(self, *, draining: bool) -> None:
+        """The client is gone, or we are going; a client that leaves when it has everything leaves nothing to note."""
+        if self._exchange.outcome != "ok":
+            self._exchange.outcome = "interrupted" if draining else "client_abort"
 
     def note(self, error: GatewayError) -> None:
         """How the exchange ended, from what ended it."""
