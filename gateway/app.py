@@ -208,7 +208,8 @@ async def _tasks(app: web.Application) -> AsyncIterator[None]:
         "catalogue": app[keys.CATALOGUE].run(),
         "pulse": pulse.run(),
     }
-    tasks = [asyncio.create_task(_forever(name, task)) for name, task in work.items()]
+    bugs = app[keys.METRICS].internal_errors.labels("task")
+    tasks = [asyncio.create_task(_forever(name, task, bugs.inc)) for name, task in work.items()]
     yield
     await pulse.close()
     left = await usage.close(FLUSH)
@@ -220,11 +221,12 @@ async def _tasks(app: web.Application) -> AsyncIterator[None]:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _forever(name: str, work: Coroutine[Any, Any, None]) -> None:
+async def _forever(name: str, work: Coroutine[Any, Any, None], count: Callable[[], None]) -> None:
     """A background task that ends is a bug: it is said at once, not when somebody misses its work."""
     try:
         await work
     except Exception:
+        count()
         log.exception("background task failed: %s", name)
 
 

@@ -52,6 +52,7 @@ class Exchange:
     started_at: float = field(default_factory=time.time)  # seconds since the epoch
     headers: dict[str, str] = field(default_factory=dict)  # for the client's response; any of the below adds to it
     client_request_id: str = ""  # middlewares.errors
+    prepared: bool = False  # middlewares.on_prepare: the status line is out
 
     principal: Principal | None = None  # middlewares.authenticate
     user_id: str = ""  # middlewares.authenticate: X-User-Id

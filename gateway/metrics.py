@@ -41,6 +41,7 @@ RATE_LIMITED_REASONS = (
 AUTH_FAILURE_REASONS = ("missing", "invalid", "throttled", "unavailable")
 CLIENT_ABORT_PHASES = ("ttft", "stream")
 USAGE_ROW_RESULTS = ("written", "failed", "dropped")
+INTERNAL_ERRORS = ("request", "stream", "task")
 DEPENDENCIES = ("postgres", "redis")
 
 # OpenTelemetry's buckets for gen_ai.client.operation.duration, in milliseconds, and two more for answers of minutes;
@@ -132,6 +133,12 @@ class Metrics:
             "Clients that left before their answer ended: before the first token (ttft), or after it (stream).",
             ("phase",),
             CLIENT_ABORT_PHASES,
+        )
+        self.internal_errors = self._counter(
+            "gateway_internal_errors_total",
+            "Bugs of the gateway's own: unexpected exceptions, each with a traceback in the log, by where they rose.",
+            ("where",),
+            INTERNAL_ERRORS,
         )
         self.dependency_errors = self._counter(
             "gateway_dependency_errors_total",

@@ -33,6 +33,7 @@ async def on_prepare(request: web.Request, response: web.StreamResponse) -> None
     exchange = request.get(EXCHANGE)
     if exchange is None:
         return
+    exchange.prepared = True
     response.headers["X-Request-Id"] = exchange.id
     if exchange.client_request_id:
         response.headers["X-Client-Request-Id"] = exchange.client_request_id
@@ -72,12 +73,18 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         raise  # the client is gone: nobody is left to answer
     except Exception:
         # A bug. Counted and logged with its id; the client learns the id and nothing else.
+        request.config_dict[METRICS].internal_errors.labels("request").inc()
         log.exception("unhandled", extra={"fields": {"request_id": request[EXCHANGE].id}})
         return _error_response(request, e.InternalError("the gateway failed; quote the request id to its operator"))
 
 
 def _error_response(request: web.Request, error: e.GatewayError) -> web.Response:
+    """Raises ConnectionResetError when an answer has begun: a second status line would be read as a part of it."""
     exchange = request[EXCHANGE]
+    if exchange.prepared:
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError("an error after the first byte")
     exchange.status, exchange.error_code = error.http_status, error.error_code or ""
     headers = {"Cache-Control": "no-store"}
     if error.retry_after is not None:

@@ -60,7 +60,8 @@ async def relay(request: web.Request, exchange: Exchange) -> web.StreamResponse:
         attempt.note_left(draining=request.config_dict[PULSE].draining)
         raise
     except Exception:
-        exchange.outcome = "gateway_error"
+        bug = InternalError("")
+        exchange.outcome, exchange.status, exchange.error_code = "gateway_error", bug.http_status, bug.error_code or ""
         raise
     finally:
         exchange.upstream_ms = (monotonic() - started) * 1000
@@ -111,6 +112,7 @@ class _Attempt:
             # A bug of ours must not leave the client with half an answer that looks whole.
             if isinstance(error, ConnectionError) or not client.prepared:
                 raise
+            self._metrics.internal_errors.labels("stream").inc()
             log.exception("stream failed", extra={"fields": {"request_id": self._exchange.id}})
             await self._break(client, InternalError("the gateway failed in the middle of the answer"))
 

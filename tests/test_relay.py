@@ -3,12 +3,15 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from time import monotonic
 from typing import Any
 
 import aiohttp
 import pytest
 
+from gateway.protocol.chat import Chunk
+from gateway.protocol.dialects.openai import OpenAITranslator
 from tests.support.gateway import MODELS, Gateway, chat_body, read_events, running_gateway
 from tests.support.standin import standing_in
 
@@ -365,6 +368,71 @@ async def test_an_address_where_nobody_listens_is_a_502_without_a_row(database_u
         assert response.status == 502
         assert (await response.json())["error"]["code"] == "upstream_unreachable"
         assert await gateway.rows() == []
+
+
+# --- bugs of ours -------------------------------------------------------------------------------------------------
+
+
+def break_feed(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    """From the call after so many on, the OpenAI translator has a bug."""
+    feed, seen = OpenAITranslator.feed, [0]
+
+    def broken(translator: OpenAITranslator, data: bytes) -> list[Chunk]:
+        seen[0] += 1
+        if seen[0] > calls:
+            raise RuntimeError("CANARY of the bug")
+        return feed(translator, data)
+
+    monkeypatch.setattr(OpenAITranslator, "feed", broken)
+
+
+async def test_a_bug_in_mid_stream_is_an_error_event(
+    gateway: Gateway, client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_feed(monkeypatch, calls=3)
+    async with client.post(url(gateway), json=chat_body("openai/mock-gpt?pace_ms=10", stream=True)) as response:
+        events = await read_events(response)
+    assert json.loads(events[-1])["error"]["code"] == "internal_error"
+    assert "[DONE]" not in events
+    assert "CANARY" not in str(events)
+    [row] = await gateway.rows()
+    assert (row["outcome"], row["status"]) == ("gateway_error", 200)
+    assert await until(lambda: gateway.calls[-1].client_gone_at is not None) < 1
+
+
+async def test_a_bug_before_the_first_byte_is_a_500_that_says_nothing(
+    gateway: Gateway, client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_feed(monkeypatch, calls=0)
+    async with client.post(url(gateway), json=chat_body(MODELS["openai"], stream=True)) as response:
+        assert response.status == 500
+        error = (await response.json())["error"]
+        assert (error["code"], "CANARY" in error["message"]) == ("internal_error", False)
+    [row] = await gateway.rows()
+    assert (row["outcome"], row["status"]) == ("gateway_error", 500)
+    async with client.get(f"{gateway.root_url}/metrics") as response:
+        assert 'gateway_internal_errors_total{where="request"} 1' in await response.text()
+
+
+async def test_a_bug_after_the_last_byte_writes_no_second_status_line(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(exchange: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("gateway.middlewares.row_of", broken)
+    port = int(gateway.root_url.rsplit(":", 1)[1])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    body = json.dumps(chat_body(MODELS["openai"], stream=True)).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {gateway.api_key}\r\n"
+    writer.write(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    received = b""
+    with suppress(ConnectionError):
+        while data := await asyncio.wait_for(reader.read(1 << 16), 3):
+            received += data
+    writer.close()
+    assert received.count(b"HTTP/1.1 ") == 1
+    assert b"data: [DONE]\n\n" in received
 
 
 # --- heartbeats ---------------------------------------------------------------------------------------------------
