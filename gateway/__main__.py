@@ -7,6 +7,8 @@ import getpass
 import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +16,12 @@ import orjson
 
 from gateway import __version__
 from gateway.protocol.errors import GatewayError
-from gateway.settings import Settings, SettingsError, load_settings
+from gateway.settings import Settings, SettingsError, change, load_settings
 
 if TYPE_CHECKING:
     import asyncpg
-    from redis.asyncio import Redis
 
-    from gateway.stores.accounts import Account
+    from gateway.stores.accounts import Account, AccountStore
     from gateway.stores.keys import KeyStore
     from gateway.stores.stats import Figures
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = _parser(words).parse_args(words)
     try:
         settings = load_settings(os.environ)
         result: int = arguments.run(arguments, settings)
@@ -37,13 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gateway: {error}", file=sys.stderr)
         return 2
     except GatewayError as error:
-        print(f"gateway: {error.message}", file=sys.stderr)
-        return 1
+        return _failed(error.message)
     except KeyboardInterrupt:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _failed(words: str) -> int:
+    print(f"gateway: {words}", file=sys.stderr)
+    return 1
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gateway",
         description="One OpenAI-compatible base URL in front of OpenAI, Anthropic, Ollama and every compatible server.",
@@ -51,65 +57,71 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gateway {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_serve(commands)
-    _add_mock(commands)
-    _add_users(commands)
-    _add_keys(commands)
-    _add_usage(commands)
-    _add_migrate(commands)
+    asked = next((word for word in argv if not word.startswith("-")), "")
+    for name, (words, describe) in _commands().items():
+        command = commands.add_parser(name, help=words)
+        if name == asked:  # what the others would say is not read, and would have to be imported
+            describe(command)
     return parser
 
 
+def _commands() -> dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]]:
+    return {
+        "serve": ("run the gateway", _describe_serve),
+        "mock": ("run a provider that answers without the internet", _describe_mock),
+        "users": ("list and create accounts", _describe_users),
+        "keys": ("list, create and revoke keys", _describe_keys),
+        "usage": ("what was used", _describe_usage),
+        "migrate": ("bring the database's tables up to date", _describe_migrate),
+    }
+
+
 Rows = Sequence[dict[str, Any]]
-Commands = Any  # argparse gives the object that add_subparsers returns no public type
 
 
 # --- serve and mock -----------------------------------------------------------------------------------------------
 
 
-def _add_serve(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "serve",
-        help="run the gateway",
-        description="Run the gateway in the foreground. Without DATABASE_URL and REDIS_URL it starts a Postgres and a "
-        "Valkey of its own in GATEWAY_DATA_DIR. SIGTERM lets open streams finish.",
+def _describe_serve(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Run the gateway in the foreground. Without DATABASE_URL and REDIS_URL it starts a Postgres and a Valkey of "
+        "its own in GATEWAY_DATA_DIR. SIGTERM lets open streams finish."
     )
     parser.add_argument("--host", help="address to listen on (HOST)")
-    parser.add_argument("--port", type=int, help="port to listen on (PORT)")
+    parser.add_argument("--port", help="port to listen on (PORT)")
     parser.set_defaults(run=_serve)
 
 
 def _serve(arguments: argparse.Namespace, settings: Settings) -> int:
-    import msgspec
-
     from gateway.app import StartError, serve
     from gateway.logs import setup
 
-    changes = {name: value for name in ("host", "port") if (value := getattr(arguments, name)) is not None}
-    settings = msgspec.structs.replace(settings, **changes)
+    given = {name: value for name in ("host", "port") if (value := getattr(arguments, name)) is not None}
+    settings = change(settings, given)
     setup(settings.log_level, settings.environment)
     try:
         serve(settings, os.environ, lambda address: print(f"gateway: ready on {address}/v1", flush=True))
     except StartError as error:
-        print(f"gateway: {error}", file=sys.stderr)
-        return 1
+        return _failed(str(error))
     return 0
 
 
-def _add_mock(commands: Commands) -> None:
+def _describe_mock(parser: argparse.ArgumentParser) -> None:
     from gateway.mock import HELP
 
-    parser = commands.add_parser(
-        "mock",
-        help="run a provider that answers without the internet",
-        description="Run the mock provider: it speaks OpenAI's, Anthropic's and Ollama's wire formats.",
-        epilog=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser.description = "Run the mock provider: it speaks OpenAI's, Anthropic's and Ollama's wire formats."
+    parser.epilog = HELP
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8100, help="port to listen on (8100)")
+    parser.add_argument("--port", type=_port, default=8100, help="port to listen on (8100)")
     parser.add_argument("--pace-ms", type=float, default=0.0, help="milliseconds between two tokens (0)")
     parser.set_defaults(run=_mock)
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError("a number from 0 to 65535 is required")
+    return int(text)
 
 
 def _mock(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -131,57 +143,89 @@ def _mock(arguments: argparse.Namespace, settings: Settings) -> int:
             lambda address: print(f"gateway: mock provider on {address}", flush=True),
         )
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(run())
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(run())
+    except OSError as error:
+        return _failed(f"the mock provider cannot start: {error}")
     return 0
 
 
 # --- commands on the database -------------------------------------------------------------------------------------
 
 
-def _with_servers(settings: Settings, work: Callable[[str, str], Awaitable[int]]) -> int:
-    """Run `work(database_url, redis_url)` on the servers of the settings, of a gateway that runs, or embedded ones."""
+def _with_servers(settings: Settings, work: Callable[[str, str], Awaitable[Rows]]) -> Rows:
+    """What `work(database_url, redis_url)` gives, on the servers of the settings, of a gateway that runs, or embedded
+    ones. Ends the command when they cannot be had."""
     import asyncpg
 
-    from gateway.app import open_database
-    from gateway.embedded import EmbeddedError, running
+    from gateway.app import open_database, reason
+    from gateway.embedded import EmbeddedError
+    from gateway.stores.migrations import MigrationError
 
-    async def run() -> int:
-        found = None if settings.database_url else running(Path(settings.gateway_data_dir))
-        if found is not None:
-            return await work(*found)
-        async with open_database(settings) as urls:
+    async def run() -> Rows:
+        if urls := _known_servers(settings):
             return await work(*urls)
+        async with open_database(settings) as opened:
+            return await work(*opened)
 
     try:
         return asyncio.run(run())
-    except EmbeddedError as error:
-        raise SettingsError(str(error)) from None
-    except (OSError, asyncpg.PostgresError) as error:
-        print(f"gateway: the database cannot be used: {error}", file=sys.stderr)
-        return 1
+    except asyncpg.ClientConfigurationError as error:
+        raise SettingsError(f"DATABASE_URL: {reason(error)}") from None
+    except (EmbeddedError, MigrationError) as error:
+        raise SystemExit(_failed(reason(error))) from None
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        raise SystemExit(_failed(f"the database cannot be used: {reason(error)}")) from None
 
 
-def _with_database(settings: Settings, work: Callable[["asyncpg.Pool", "Redis"], Awaitable[Rows]]) -> Rows:
-    """What `work(pool, redis)` gives, on a database that is up to date."""
-    from gateway.app import connect_database
-    from gateway.stores.limits import connect_redis
+def _known_servers(settings: Settings) -> tuple[str, str] | None:
+    """Of the settings, and what they do not name of the gateway that runs; None: there are none that run."""
+    from gateway.embedded import running
 
-    rows: list[dict[str, Any]] = []
+    if settings.database_url and settings.redis_url:
+        return settings.database_url, settings.redis_url
+    found = running(Path(settings.gateway_data_dir))
+    if found is None:
+        return None
+    urls = settings.database_url or found[0], settings.redis_url or found[1]
+    for name, url in zip(("DATABASE_URL", "REDIS_URL"), urls, strict=True):
+        if not url:
+            raise SettingsError(f"{name}: required, as the gateway on {settings.gateway_data_dir} was started with one")
+    return urls
 
-    async def use(database_url: str, redis_url: str) -> int:
-        pool, redis = await connect_database(database_url, wait=0), connect_redis(redis_url)
-        try:
-            rows.extend(await work(pool, redis))
-            return 0
-        finally:
-            await redis.aclose()
-            await pool.close()
 
-    status = _with_servers(settings, use)
-    if status:
-        raise SystemExit(status)
-    return rows
+@dataclass(frozen=True, slots=True)
+class _Stores:
+    pool: "asyncpg.Pool"
+    accounts: "AccountStore"
+    keys: "KeyStore"
+
+
+def _with_database(settings: Settings, work: Callable[[_Stores], Awaitable[Rows]]) -> Rows:
+    """What `work(stores)` gives, on a database that is up to date."""
+    from gateway.app import connect_database, open_redis
+    from gateway.stores.accounts import AccountStore
+    from gateway.stores.keys import KeyStore, load_pepper
+    from gateway.stores.passwords import HashingPool
+
+    async def use(database_url: str, redis_url: str) -> Rows:
+        async with AsyncExitStack() as opened:
+            pool = await opened.enter_async_context(await connect_database(database_url, wait=0))
+            redis = await opened.enter_async_context(open_redis(redis_url))
+            hashing = HashingPool()
+            opened.callback(hashing.close)
+            keys = KeyStore(
+                pool,
+                redis,
+                pepper=await load_pepper(pool, settings.gateway_key_pepper),
+                cache_seconds=settings.gateway_key_cache,
+                stale_seconds=settings.gateway_key_stale,
+                hashing=hashing,
+            )
+            return await work(_Stores(pool, AccountStore(pool, hashing=hashing), keys))
+
+    return _with_servers(settings, use)
 
 
 def _print(rows: Rows, as_json: bool) -> int:
@@ -212,12 +256,8 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON for a script")
 
 
-def _add_migrate(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "migrate",
-        help="bring the database's tables up to date",
-        description="Apply the migrations that are missing, as `gateway serve` does. Several at once are safe.",
-    )
+def _describe_migrate(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Apply the migrations that are missing, as `gateway serve` does. Several at once are safe."
     _add_json(parser)
     parser.set_defaults(run=_migrate)
 
@@ -225,14 +265,14 @@ def _add_migrate(commands: Commands) -> None:
 def _migrate(arguments: argparse.Namespace, settings: Settings) -> int:
     from gateway.stores.migrations import migrate
 
-    async def work(database_url: str, redis_url: str) -> int:
-        return _print([{"applied": name} for name in await migrate(database_url)], arguments.json)
+    async def work(database_url: str, redis_url: str) -> Rows:
+        return [{"applied": name} for name in await migrate(database_url)]
 
-    return _with_servers(settings, work)
+    return _print(_with_servers(settings, work), arguments.json)
 
 
-def _add_users(commands: Commands) -> None:
-    parser = commands.add_parser("users", help="list and create accounts", description="Accounts: people who own keys.")
+def _describe_users(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Accounts: people who own keys."
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="all accounts", description="List all accounts.")
     _add_json(listing)
@@ -248,22 +288,18 @@ def _add_users(commands: Commands) -> None:
 
 
 def _users_list(arguments: argparse.Namespace, settings: Settings) -> int:
-    from gateway.stores.accounts import AccountStore
-
-    async def work(pool: "asyncpg.Pool", redis: "Redis") -> Rows:
-        return [_account(account) for account in await AccountStore(pool).list()]
+    async def work(stores: _Stores) -> Rows:
+        return [_account(account) for account in await stores.accounts.list()]
 
     return _print(_with_database(settings, work), arguments.json)
 
 
 def _users_create(arguments: argparse.Namespace, settings: Settings) -> int:
-    from gateway.stores.accounts import AccountStore
-
     password = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
 
-    async def work(pool: "asyncpg.Pool", redis: "Redis") -> Rows:
+    async def work(stores: _Stores) -> Rows:
         # Who can run this command can write to the database: registration may be closed for them.
-        return [_account(await AccountStore(pool).register(arguments.email, password, registration="open"))]
+        return [_account(await stores.accounts.register(arguments.email, password, registration="open"))]
 
     return _print(_with_database(settings, work), arguments.json)
 
@@ -272,10 +308,8 @@ def _account(account: "Account") -> dict[str, Any]:
     return {"id": account.id, "email": account.email, "role": account.role, "created_at": account.created_at}
 
 
-def _add_keys(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "keys", help="list, create and revoke keys", description="Keys of the gateway's clients."
-    )
+def _describe_keys(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Keys of the gateway's clients."
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="all keys, never a secret", description="List all keys, never a secret.")
     _add_json(listing)
@@ -300,34 +334,19 @@ def _count(text: str) -> int:
     return int(text)
 
 
-async def _key_store(settings: Settings, pool: "asyncpg.Pool", redis: "Redis") -> "KeyStore":
-    from gateway.stores.keys import KeyStore, load_pepper
-
-    return KeyStore(
-        pool,
-        redis,
-        pepper=await load_pepper(pool, settings.gateway_key_pepper),
-        cache_seconds=settings.gateway_key_cache,
-        stale_seconds=settings.gateway_key_stale,
-    )
-
-
 def _keys_list(arguments: argparse.Namespace, settings: Settings) -> int:
-    async def work(pool: "asyncpg.Pool", redis: "Redis") -> Rows:
-        keys = await _key_store(settings, pool, redis)
-        return [dataclasses.asdict(key) for key in await keys.list(None)]
+    async def work(stores: _Stores) -> Rows:
+        return [dataclasses.asdict(key) for key in await stores.keys.list(None)]
 
     return _print(_with_database(settings, work), arguments.json)
 
 
 def _keys_create(arguments: argparse.Namespace, settings: Settings) -> int:
-    from gateway.stores.accounts import AccountStore
-
     rpm, concurrent = arguments.requests_per_minute, arguments.concurrent_requests
 
-    async def work(pool: "asyncpg.Pool", redis: "Redis") -> Rows:
-        owner = await AccountStore(pool).find(arguments.email)
-        made = await (await _key_store(settings, pool, redis)).create(
+    async def work(stores: _Stores) -> Rows:
+        owner = await stores.accounts.find(arguments.email)
+        made = await stores.keys.create(
             owner.id,
             arguments.name,
             requests_per_minute=settings.gateway_requests_per_minute if rpm is None else rpm,
@@ -340,9 +359,9 @@ def _keys_create(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def _keys_revoke(arguments: argparse.Namespace, settings: Settings) -> int:
-    async def work(pool: "asyncpg.Pool", redis: "Redis") -> Rows:
+    async def work(stores: _Stores) -> Rows:
         key_id = arguments.id.removeprefix("aig_")
-        await (await _key_store(settings, pool, redis)).revoke(key_id, None)
+        await stores.keys.revoke(key_id, None)
         return [{"id": key_id, "revoked": True}]
 
     return _print(_with_database(settings, work), arguments.json)
@@ -351,12 +370,12 @@ def _keys_revoke(arguments: argparse.Namespace, settings: Settings) -> int:
 # --- usage --------------------------------------------------------------------------------------------------------
 
 
-def _add_usage(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "usage", help="what was used", description="Tokens and requests of a time range, as a table or JSON."
-    )
-    parser.add_argument("--since", choices=("1h", "24h", "7d", "30d", "all"), default="24h", help="how far back (24h)")
-    parser.add_argument("--group-by", choices=("user", "app", "model", "provider", "key"), default="model")
+def _describe_usage(parser: argparse.ArgumentParser) -> None:
+    from gateway.stores.stats import GROUP_BY, RANGES
+
+    parser.description = "Tokens and requests of a time range, as a table or JSON."
+    parser.add_argument("--since", choices=tuple(RANGES), default="24h", help="how far back (24h)")
+    parser.add_argument("--group-by", choices=GROUP_BY, default="model")
     _add_json(parser)
     parser.set_defaults(run=_usage)
 
@@ -364,8 +383,8 @@ def _add_usage(commands: Commands) -> None:
 def _usage(arguments: argparse.Namespace, settings: Settings) -> int:
     from gateway.stores.stats import Scope, read_stats
 
-    async def work(pool: "asyncpg.Pool", redis: "Redis") -> Rows:
-        stats = await read_stats(pool, Scope(None, arguments.since), arguments.group_by)
+    async def work(stores: _Stores) -> Rows:
+        stats = await read_stats(stores.pool, Scope(None, arguments.since), arguments.group_by)
         return [{arguments.group_by: group.name, **_figures(group)} for group in stats.groups]
 
     return _print(_with_database(settings, work), arguments.json)

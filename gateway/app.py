@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ import aiohttp
 import asyncpg
 import uvloop
 from aiohttp import http_parser, web
+from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from gateway import appkeys as keys
 from gateway import middlewares
 from gateway.catalogue import Catalogue
+from gateway.connection import Runner
 from gateway.embedded import Embedded, EmbeddedError
 from gateway.handlers import accounts, chat, health, models, stats
 from gateway.metrics import Metrics
@@ -51,12 +53,13 @@ _MOCKS = (
 )
 
 
-def make_app(settings: Settings, environ: Mapping[str, str]) -> web.Application:
-    """The whole application, not yet open. Raises SettingsError."""
+def make_app(settings: Settings, environ: Mapping[str, str], *, settle: bool = False) -> web.Application:
+    """The whole application, not yet open; `settle` tunes this process's memory for it. Raises SettingsError."""
     app = web.Application(middlewares=[middlewares.errors])
     app[keys.SETTINGS] = settings
     app.on_response_prepare.append(middlewares.on_prepare)
     routes = load_routes(settings, environ)
+    _check_default(settings, routes)
 
     v1 = web.Application(middlewares=middlewares.V1)
     v1.add_routes([*chat.routes(), *models.routes()])
@@ -64,8 +67,16 @@ def make_app(settings: Settings, environ: Mapping[str, str]) -> web.Application:
     app.add_routes([*health.routes(), *accounts.routes(), *stats.routes()])
 
     # Opened in this order, closed in the reverse one: the writers drain while the pools are open.
-    app.cleanup_ctx.extend([_stores(settings, routes), _providers(settings, routes), _tasks])
+    opened = [_stores(settings, routes), _providers(settings, routes), *([_settled] if settle else []), _tasks]
+    app.cleanup_ctx.extend(opened)
     return app
+
+
+def _check_default(settings: Settings, routes: Routes) -> None:
+    mocks = [name for name, _, _ in _MOCKS] if _wants_mock(settings) else []
+    if routes.default not in {*routes.providers, *mocks}:
+        names = ", ".join([*routes.providers, *mocks])
+        raise SettingsError(f"GATEWAY_DEFAULT_PROVIDER: no provider has this name; there are {names}")
 
 
 # --- what is opened -----------------------------------------------------------------------------------------------
@@ -82,8 +93,8 @@ async def open_database(settings: Settings) -> AsyncIterator[tuple[str, str]]:
     embedded = Embedded(
         Path(settings.gateway_data_dir), postgres=not settings.database_url, redis=not settings.redis_url
     )
-    await asyncio.to_thread(embedded.start)
     try:
+        await asyncio.to_thread(embedded.start)  # goes on in its thread when we are cancelled: `stop` ends it
         yield settings.database_url or embedded.database_url, settings.redis_url or embedded.redis_url
     finally:
         await asyncio.to_thread(embedded.stop)
@@ -112,61 +123,95 @@ async def connect_database(url: str, wait: float = DATABASE_WAIT) -> asyncpg.Poo
     )
 
 
+async def _close_pool(pool: asyncpg.Pool) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(5):
+            await pool.close()
+
+
+def open_redis(url: str) -> Redis:
+    """A client of Redis, not connected yet. Raises SettingsError for an option that it does not know."""
+    try:
+        redis = connect_redis(url)
+        redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # it complains here, or at a request
+    except (TypeError, ValueError):
+        raise SettingsError("REDIS_URL: what follows the `?` is no option of Redis, or has a wrong value") from None
+    return redis
+
+
 def _stores(settings: Settings, routes: Routes) -> Context:
     async def context(app: web.Application) -> AsyncIterator[None]:
-        async with open_database(settings) as (database_url, redis_url):
+        async with AsyncExitStack() as opened:  # a start that fails half-way closes what it has
+            database_url, redis_url = await opened.enter_async_context(open_database(settings))
             pool = app[keys.POOL] = await connect_database(database_url)
-            redis = connect_redis(redis_url)
+            opened.push_async_callback(_close_pool, pool)
+            redis = open_redis(redis_url)
+            opened.push_async_callback(redis.aclose)
             with suppress(RedisError, OSError):  # the first request should not pay for the connection
                 await redis.ping()
             app[keys.METRICS] = metrics = Metrics(providers=routes.providers)
-            hashing = HashingPool()
-            app[keys.ACCOUNTS] = AccountStore(pool, hashing=hashing)
-            app[keys.KEYS] = KeyStore(
-                pool,
-                redis,
-                pepper=await load_pepper(pool, settings.gateway_key_pepper),
-                cache_seconds=settings.gateway_key_cache,
-                stale_seconds=settings.gateway_key_stale,
-                hashing=hashing,
-            )
-            app[keys.LIMITER] = limiter = Limiter(
-                redis,
-                global_per_minute=settings.gateway_global_requests_per_minute,
-                nodes=settings.gateway_nodes,
-                on_redis_down=settings.gateway_on_redis_down,
-                on_error=lambda kind: metrics.dependency_errors.labels("redis").inc(),
-            )
-            app[keys.USAGE] = usage = UsageStore(
-                pool,
-                on_rows=lambda result, count: metrics.usage_rows.labels(result).inc(count),
-                on_error=lambda: metrics.dependency_errors.labels("postgres").inc(),
-            )
-            metrics.usage_queue.follow(lambda: usage.queued)
-            metrics.limiter_local.follow(lambda: float(limiter.state != "redis"))
+            # A pool each: while passwords are guessed, keys are still verified.
+            for_keys, for_passwords = HashingPool(), HashingPool()
+            opened.callback(for_keys.close)
+            opened.callback(for_passwords.close)
+            app[keys.ACCOUNTS] = AccountStore(pool, hashing=for_passwords)
+            app[keys.KEYS] = await _key_store(settings, pool, redis, for_keys, metrics)
+            app[keys.LIMITER] = _limiter(settings, redis, metrics)
+            app[keys.USAGE] = _usage_store(pool, metrics)
             yield
-            hashing.close()
-            await redis.aclose()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(5):
-                    await pool.close()
 
     return context
 
 
+async def _key_store(
+    settings: Settings, pool: asyncpg.Pool, redis: Redis, hashing: HashingPool, metrics: Metrics
+) -> KeyStore:
+    return KeyStore(
+        pool,
+        redis,
+        pepper=await load_pepper(pool, settings.gateway_key_pepper),
+        cache_seconds=settings.gateway_key_cache,
+        stale_seconds=settings.gateway_key_stale,
+        hashing=hashing,
+        on_error=lambda: metrics.dependency_errors.labels("postgres").inc(),
+    )
+
+
+def _limiter(settings: Settings, redis: Redis, metrics: Metrics) -> Limiter:
+    limiter = Limiter(
+        redis,
+        global_per_minute=settings.gateway_global_requests_per_minute,
+        nodes=settings.gateway_nodes,
+        on_redis_down=settings.gateway_on_redis_down,
+        on_error=lambda kind: metrics.dependency_errors.labels("redis").inc(),
+    )
+    metrics.limiter_local.follow(lambda: float(limiter.state != "redis"))
+    return limiter
+
+
+def _usage_store(pool: asyncpg.Pool, metrics: Metrics) -> UsageStore:
+    usage = UsageStore(
+        pool,
+        on_rows=lambda result, count: metrics.usage_rows.labels(result).inc(count),
+        on_error=lambda: metrics.dependency_errors.labels("postgres").inc(),
+    )
+    metrics.usage_queue.follow(lambda: usage.queued)
+    return usage
+
+
 def _providers(settings: Settings, routes: Routes) -> Context:
     async def context(app: web.Application) -> AsyncIterator[None]:
-        mock = Mock() if _wants_mock(settings) else None
-        known = routes if mock is None else _with_mock(routes, await mock.start())
-        app[keys.UPSTREAM] = upstream = Upstream(settings)
-        metrics = app[keys.METRICS]
-        app[keys.CATALOGUE] = Catalogue(
-            known, upstream, probed=_probed(settings, known), on_models=lambda names: metrics.known_models.update(names)
-        )
-        yield
-        await upstream.close()
-        if mock is not None:
-            await mock.stop()
+        async with AsyncExitStack() as opened:
+            known = routes
+            if _wants_mock(settings):
+                mock = Mock()
+                opened.push_async_callback(mock.stop)
+                known = _with_mock(routes, await mock.start())
+            app[keys.UPSTREAM] = upstream = Upstream(settings)
+            opened.push_async_callback(upstream.close)
+            learn = app[keys.METRICS].known_models.update
+            app[keys.CATALOGUE] = Catalogue(known, upstream, probed=_probed(known), on_models=learn)
+            yield
 
     return context
 
@@ -191,14 +236,20 @@ def _with_mock(routes: Routes, address: str) -> Routes:
     return replace(routes, providers={**routes.providers, **mocks})
 
 
-def _probed(settings: Settings, routes: Routes) -> set[str]:
-    """A local Ollama that no setting names is on while it answers."""
-    return {"ollama"} if not settings.ollama_base_url and "ollama" in routes.providers else set()
+def _probed(routes: Routes) -> set[str]:
+    """An Ollama that no setting names is on while it answers; one that is named is used whether it does or not."""
+    ollama = routes.providers.get("ollama")
+    return {"ollama"} if ollama is not None and not ollama.enabled else set()
+
+
+async def _settled(app: web.Application) -> AsyncIterator[None]:
+    """After all that lives for ever is made, and before the tasks, which it would hold up by a tenth of a second."""
+    _settle_memory()
+    yield
 
 
 async def _tasks(app: web.Application) -> AsyncIterator[None]:
     """The long-running tasks, and what each still has to write when we stop."""
-    _settle_memory()  # holds the loop up for a tenth of a second: before anybody counts on it
     pulse = app[keys.PULSE] = Pulse(app[keys.SETTINGS])
     usage, limiter = app[keys.USAGE], app[keys.LIMITER]
     work = {
@@ -233,23 +284,25 @@ async def _forever(name: str, work: Coroutine[Any, Any, None], count: Callable[[
 # --- serving ------------------------------------------------------------------------------------------------------
 
 
-def make_runner(app: web.Application) -> web.AppRunner:
-    return web.AppRunner(
+def make_runner(app: web.Application) -> Runner:
+    return Runner(
         app,
         handler_cancellation=True,  # a client that leaves is noticed while the provider is silent
         keepalive_timeout=KEEPALIVE,
         access_log=None,  # one line per exchange is written by middlewares.errors
         auto_decompress=False,  # compressed bodies are refused unread, so there is no bomb to inflate
+        lingering_time=1.0,  # seconds for the rest of a body that was refused, so that the client can read why
         shutdown_timeout=1.0,  # what is open was drained before
     )
 
 
 async def _serve(settings: Settings, environ: Mapping[str, str], ready: Callable[[str], None]) -> None:
     stop = _signals()
-    app = make_app(settings, environ)
+    app = make_app(settings, environ, settle=True)
     runner = make_runner(app)
     try:
-        await runner.setup()
+        if not await _set_up(runner, stop):
+            return
         site = web.TCPSite(runner, settings.host, settings.port, backlog=1024, reuse_address=True)
         await site.start()
         ready(_address(runner, settings.host))
@@ -260,16 +313,34 @@ async def _serve(settings: Settings, environ: Mapping[str, str], ready: Callable
         await runner.cleanup()
 
 
+async def _set_up(runner: web.AppRunner, stop: asyncio.Event) -> bool:
+    """Open everything; False when we were told to stop before it was open. Raises what the opening raises."""
+    setup, told = asyncio.create_task(runner.setup()), asyncio.create_task(stop.wait())
+    await asyncio.wait({setup, told}, return_when=asyncio.FIRST_COMPLETED)
+    if setup.done():
+        told.cancel()
+        await setup
+        return True
+    log.info("told to stop while starting")
+    setup.cancel()
+    await asyncio.gather(setup, return_exceptions=True)  # whatever it was about to say, nobody waits for it
+    return False
+
+
 async def _until_drained(pulse: Pulse, settings: Settings, again: asyncio.Event) -> None:
-    """Not ready at once; what is open finishes; a second signal ends it."""
-    log.info("shutting down: %d streams open", pulse.open_streams)
+    """Not ready at once; what is open finishes; a second signal ends it with an error event."""
+    log.info("shutting down: %d exchanges open", pulse.open_exchanges)
     pulse.draining = True
     drain = asyncio.create_task(_drain(pulse, settings))
     hurry = asyncio.create_task(again.wait())
     await asyncio.wait({drain, hurry}, return_when=asyncio.FIRST_COMPLETED)
+    hurried = not drain.done()
     for task in (drain, hurry):
         task.cancel()
     await asyncio.gather(drain, hurry, return_exceptions=True)
+    if hurried:
+        pulse.refusing = True
+        await pulse.drain(0)
 
 
 async def _drain(pulse: Pulse, settings: Settings) -> None:
@@ -318,6 +389,11 @@ class StartError(Exception):
     """One line that says what the gateway needs and cannot have."""
 
 
+def reason(error: BaseException) -> str:
+    """What an error says; its class's name if it says nothing, as a time-out does."""
+    return str(error) or type(error).__name__
+
+
 def serve(settings: Settings, environ: Mapping[str, str], ready: Callable[[str], None]) -> None:
     """Serve until SIGTERM. `ready` is called with the address once it answers.
 
@@ -327,5 +403,7 @@ def serve(settings: Settings, environ: Mapping[str, str], ready: Callable[[str],
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(settings, environ, ready))
-    except (EmbeddedError, MigrationError, OSError, asyncpg.PostgresError) as error:
-        raise StartError(f"cannot start: {error}") from None
+    except asyncpg.ClientConfigurationError as error:
+        raise SettingsError(f"DATABASE_URL: {reason(error)}") from None
+    except (EmbeddedError, MigrationError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        raise StartError(f"cannot start: {reason(error)}") from None

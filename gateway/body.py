@@ -2,10 +2,16 @@
 
 import asyncio
 
-from aiohttp import hdrs, web
+from aiohttp import HttpVersion11, hdrs, web
 
 from gateway.appkeys import SETTINGS
-from gateway.protocol.errors import InvalidRequest, PayloadTooLarge, RequestTimeout, UnsupportedMediaType
+from gateway.protocol.errors import (
+    ExpectationFailed,
+    InvalidRequest,
+    PayloadTooLarge,
+    RequestTimeout,
+    UnsupportedMediaType,
+)
 
 
 async def read_body(request: web.Request, limit: int) -> bytes:
@@ -13,6 +19,7 @@ async def read_body(request: web.Request, limit: int) -> bytes:
     _check_form(request)
     if (request.content_length or 0) > limit:
         raise _too_large(limit)
+    await _meet_expectation(request)
     seconds = request.config_dict[SETTINGS].gateway_body_timeout
     try:
         async with asyncio.timeout(seconds):
@@ -21,6 +28,21 @@ async def read_body(request: web.Request, limit: int) -> bytes:
         raise RequestTimeout(f"the request body did not arrive within {seconds:g} s") from None
     except web.RequestPayloadError:
         raise InvalidRequest("the request body is not framed as HTTP demands") from None
+
+
+async def leave_expectation(request: web.Request) -> None:
+    """An `expect_handler` for routes: aiohttp's own says "100 Continue" before anybody looked at key and size."""
+
+
+async def _meet_expectation(request: web.Request) -> None:
+    """RFC 9110 10.1.1, once the body is wanted."""
+    expected = request.headers.get(hdrs.EXPECT, "").lower()
+    if not expected or request.version < HttpVersion11:
+        return
+    if expected != "100-continue":
+        raise ExpectationFailed("the only expectation known here is 100-continue")
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    request.writer.output_size = 0  # this was not the answer
 
 
 def _check_form(request: web.Request) -> None:

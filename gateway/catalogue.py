@@ -16,6 +16,7 @@ from gateway.upstream import Upstream
 log = logging.getLogger("gateway.catalogue")
 
 REFRESH = 60.0  # seconds between two looks at every provider's list
+MAX_PATTERNS = 256  # different sets of allowed models whose list is remembered
 PROBE_TIMEOUT = 3.0  # seconds for a provider to give its list; it is asked again at the next look
 
 
@@ -38,6 +39,7 @@ class Catalogue:
         self._probed = frozenset(probed)  # providers that are on only while they answer
         self._on_models = on_models
         self._listed: dict[str, Sequence[str]] = {name: p.models for name, p in routes.providers.items()}
+        self._answers_by_patterns: dict[tuple[str, ...], list[Model]] = {}  # to `models`, until the next look
         self.reachable: dict[str, bool] = {}  # by provider, as of the last look
         self._publish()
 
@@ -55,6 +57,14 @@ class Catalogue:
 
     def models(self, allowed: Sequence[str]) -> list[Model]:
         """Every model that a key with these patterns may ask for by name, aliases first."""
+        known = self._answers_by_patterns.get(patterns := tuple(allowed))
+        if known is None:
+            if len(self._answers_by_patterns) >= MAX_PATTERNS:
+                self._answers_by_patterns.clear()
+            known = self._answers_by_patterns[patterns] = self._models(patterns)
+        return known
+
+    def _models(self, allowed: Sequence[str]) -> list[Model]:
         routes = self.routes
         found = dict.fromkeys(routes.aliases, "alias")
         for name, provider in routes.providers.items():
@@ -105,6 +115,7 @@ class Catalogue:
 
     def _publish(self) -> None:
         """Names that may become metric labels, as they are asked for: the providers' and the operator's own alone."""
+        self._answers_by_patterns.clear()
         names = set(self.routes.aliases)
         for provider, listed in self._listed.items():
             for name in listed:

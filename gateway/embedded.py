@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -72,16 +73,19 @@ class Embedded:
         self._sockets: Path | None = None
         self._servers: list[_Server] = []
         self._watchdog: subprocess.Popen[bytes] | None = None
+        self._stopping = threading.Event()  # set by `stop`: a start that is under way ends
         # The servers end with the thread that started them, so it must be one that lasts as long as we do.
         self._keeper = ThreadPoolExecutor(1, thread_name_prefix="embedded")
 
     def start(self) -> None:
-        """Returns when the servers answer. Raises EmbeddedError, and then none of them is left running."""
+        """Returns when the servers answer. Raises EmbeddedError, and then none of them is left running: also when
+        another thread calls `stop` meanwhile."""
         self._keeper.submit(self._start).result()
 
     def stop(self) -> None:
         """An orderly end: Postgres rolls open transactions back and writes all it has, Valkey completes its log."""
-        self._stop()
+        self._stopping.set()
+        self._keeper.submit(self._stop).result()  # after a start that is under way
         self._keeper.shutdown()
 
     def _start(self) -> None:
@@ -109,7 +113,7 @@ class Embedded:
         if not _KERNEL_TIES:
             self._watchdog = _start_watchdog(self._servers)
         for server in self._servers:
-            server.wait_until_ready()
+            server.wait_until_ready(self._stopping)
 
     def _stop(self) -> None:
         if self._watchdog:
@@ -250,14 +254,15 @@ class _Server:
     log: Path
     is_ready: Callable[[], bool]
 
-    def wait_until_ready(self) -> None:
+    def wait_until_ready(self, stopping: threading.Event) -> None:
         deadline = time.monotonic() + _READY
         while not self.is_ready():
             if self.process.poll() is not None:
                 raise EmbeddedError(f"{self.name} did not start: {_last_words(self.log)}")
             if time.monotonic() > deadline:
                 raise EmbeddedError(f"{self.name} was not ready after {_READY:.0f} s: {_last_words(self.log)}")
-            time.sleep(_POLL)
+            if stopping.wait(_POLL):
+                raise EmbeddedError(f"told to stop before {self.name} was ready")
 
     def wait_until_gone(self) -> None:
         try:

@@ -21,7 +21,7 @@ Outcome = Literal[
 
 
 def new_id() -> str:
-    """A UUIDv7: sorts by time, and the journal, the ledger and the logs know the exchange by it (RFC 9562 5.7)."""
+    """A UUIDv7 (RFC 9562 5.7): sorts by time, and the usage row and the logs know the exchange by it."""
     milliseconds = time.time_ns() // 1_000_000
     tail = int.from_bytes(os.urandom(10), "big")
     value = (milliseconds & (1 << 48) - 1) << 80 | tail
@@ -64,11 +64,11 @@ class Exchange:
     target: Target | None = None  # handlers.chat
     model: str = ""  # handlers.chat: the model the client asked for
 
-    meter: Meter | None = None  # relay, set just before the provider is called: a usage row is due from here on
+    meter: Meter | None = None  # relay, once there is a connection to the provider: a usage row is due from here on
     outcome: Outcome | Literal[""] = ""  # relay; "": no provider was called
     status: int = 0  # relay, or middlewares.errors: the HTTP status the client saw; 0: it saw none
-    error_code: str = ""  # relay: code of the error that ended it, also in mid-stream
+    error_code: str = ""  # relay, or middlewares.errors: code of the error that ended it, also in mid-stream
     first_byte: float = 0.0  # relay: when the model's first text passed, seconds, monotonic; 0: never
     counted_live: int = 0  # relay: completion tokens that the metrics have already
     upstream_ms: float = 0.0  # relay: from the call to the provider's last byte
-    ended: float = 0.0  # middlewares.record_usage: seconds, monotonic
+    ended: float = 0.0  # middlewares.record_usage, or middlewares.errors when no row was due: seconds, monotonic

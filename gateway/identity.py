@@ -11,6 +11,7 @@ from gateway.protocol.errors import InvalidRequest, RateLimited, Unauthenticated
 from gateway.stores.tokens import PREFIX
 
 API_KEY = "X-API-Key"
+MAX_LABEL = 128  # characters of X-User-Id, X-App-Id and a client's X-Request-Id
 MAX_CREDENTIAL = 4096  # characters; some providers' are signed tokens of two thousand
 
 
@@ -34,6 +35,11 @@ async def identify(request: web.Request) -> tuple[Principal, str | None]:
             ) from None
         keys.failures.add(address)
         raise
+
+
+def tenant(principal: Principal) -> str | None:
+    """The account whose keys and usage are all that this caller sees; None: everybody's."""
+    return None if principal.role == "admin" else principal.account_id
 
 
 def find_key(headers: CIMultiDictProxy[str]) -> tuple[str | None, str | None]:

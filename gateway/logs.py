@@ -39,7 +39,14 @@ _CREDENTIALS = {
         for mark in ("sk-", "rk-", "gsk_", "xai-", "pplx-", "hf_", "nvapi-", "AIza")
     },
     "earer ": re.compile(r"([Bb]earer +)(?=\S*\d)[\w.~+/=-]{8,}"),
-    "://": re.compile(r"(://[^\s/:@\"]*:)[^\s/@\"]+(?=@)"),
+    # "basic authentication" has no digit and no capital inside, Base64 of a name and a password nearly always.
+    "asic ": re.compile(r"([Bb]asic +)(?=\S*(?:[\d=]|[a-z][A-Z]))[\w.~+/=-]{8,}"),
+    # Up to the last `@` of the word: a password may hold any character, and one that was not escaped often does.
+    "://": re.compile(r"(://[^\s/:\"]*:)(?:[^\s\"\\]|\\.){1,500}(?=@)"),
+    **{
+        mark: re.compile(r"((?i:api-key)(?:\\?[\"'])?\s*[:=]\s*(?:b?\\?[\"'])?)[^\s\"'\\,}]{8,}")
+        for mark in ("pi-key", "pi-Key", "PI-Key", "PI-KEY")
+    },
 }
 _COLOURS = {"debug": "\x1b[2m", "info": "\x1b[32m", "warning": "\x1b[33m", "error": "\x1b[31m", "critical": "\x1b[31m"}
 _PLAIN = "\x1b[0m"

@@ -58,12 +58,12 @@ _STATM = Path("/proc/self/statm")  # Linux only, as in Prometheus's own client l
 class Metrics:
     """The metrics of one process, and their page. Each instance has a registry of its own.
 
-    `known_models` may grow while the gateway runs: what is in it becomes a label, so only an operator's file or a
+    `known_models` grows while the gateway runs: what is in it becomes a label, so only an operator's file or a
     provider's list may add to it.
     """
 
-    def __init__(self, *, known_models: Iterable[str] = (), providers: Iterable[str] = ()) -> None:
-        self.known_models = set(known_models)
+    def __init__(self, *, providers: Iterable[str] = ()) -> None:
+        self.known_models: set[str] = set()
         self._providers = tuple(providers)
         self._registry = Registry()
         self._declare_traffic()

@@ -1,11 +1,13 @@
-"""The onion around every request, outermost first: errors, authenticate, read_call, limit, record_usage.
+"""The onion around every request, outermost first: errors, authenticate, limit, read_call, record_usage.
 
 `errors` is around the whole application, the others around /v1. A middleware regains control when the handler returns,
 which for a stream is its end. An exit never awaits: it may be running because the request was cancelled.
 """
 
+import asyncio
 import logging
 import math
+from collections.abc import Callable, Mapping
 from time import monotonic
 
 from aiohttp import hdrs, web
@@ -14,18 +16,27 @@ from aiohttp.typedefs import Handler
 from gateway.appkeys import EXCHANGE, LIMITER, METRICS, PULSE, SETTINGS, USAGE
 from gateway.body import read_body
 from gateway.exchange import Exchange
-from gateway.identity import API_KEY, identify
+from gateway.identity import API_KEY, MAX_LABEL, identify
 from gateway.logs import exchange_fields
-from gateway.protocol import errors as e
-from gateway.protocol.chat import parse_chat
+from gateway.protocol.chat import PARSE_HERE, ChatRequest, parse_chat
+from gateway.protocol.errors import (
+    GatewayError,
+    InternalError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    RateLimited,
+    ShuttingDown,
+    Unauthenticated,
+    Unavailable,
+)
 from gateway.stores.grants import Admission
 from gateway.stores.usage import row_of
 
 log = logging.getLogger("gateway.access")
 
-MAX_LABEL = 128  # characters of X-User-Id, X-App-Id and a client's X-Request-Id
 _QUIET = ("/health", "/metrics")  # asked every few seconds by machines
-_PARSERS = {"/v1/chat/completions": parse_chat}
+_PARSERS: Mapping[str, Callable[[bytes], ChatRequest]] = {"/v1/chat/completions": parse_chat}
 
 
 async def on_prepare(request: web.Request, response: web.StreamResponse) -> None:
@@ -46,26 +57,24 @@ async def on_prepare(request: web.Request, response: web.StreamResponse) -> None
 async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turns what was raised into an OpenAI error object, and writes the log line of every request."""
     exchange = request[EXCHANGE] = Exchange()
-    pulse = request.config_dict[PULSE]
-    pulse.in_flight += 1
-    try:
-        exchange.client_request_id = _label(request, "X-Request-Id", strict=False)
-        response = await _answer(request, handler)
-        exchange.status = exchange.status or response.status
-        return response
-    finally:
-        pulse.in_flight -= 1
-        exchange.ended = exchange.ended or monotonic()
-        if not request.path.startswith(_QUIET):
-            _log(request, exchange)
+    with request.config_dict[PULSE].counting():
+        try:
+            exchange.client_request_id = _label(request, "X-Request-Id", strict=False)
+            response = await _answer(request, handler)
+            exchange.status = exchange.status or response.status
+            return response
+        finally:
+            exchange.ended = exchange.ended or monotonic()
+            if not request.path.startswith(_QUIET):
+                _log(request, exchange)
 
 
 async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         if request.version not in ((1, 0), (1, 1)):
-            raise e.InvalidRequest("HTTP/1.0 and HTTP/1.1 are spoken here", code="http_version")
+            raise InvalidRequest("HTTP/1.0 and HTTP/1.1 are spoken here", code="http_version")
         return await handler(request)
-    except e.GatewayError as error:
+    except GatewayError as error:
         return _error_response(request, error)
     except web.HTTPException as error:
         return _error_response(request, _from_http(request, error))
@@ -75,10 +84,10 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         # A bug. Counted and logged with its id; the client learns the id and nothing else.
         request.config_dict[METRICS].internal_errors.labels("request").inc()
         log.exception("unhandled", extra={"fields": {"request_id": request[EXCHANGE].id}})
-        return _error_response(request, e.InternalError("the gateway failed; quote the request id to its operator"))
+        return _error_response(request, InternalError("the gateway failed; quote the request id to its operator"))
 
 
-def _error_response(request: web.Request, error: e.GatewayError) -> web.Response:
+def _error_response(request: web.Request, error: GatewayError) -> web.Response:
     """Raises ConnectionResetError when an answer has begun: a second status line would be read as a part of it."""
     exchange = request[EXCHANGE]
     if exchange.prepared:
@@ -89,9 +98,9 @@ def _error_response(request: web.Request, error: e.GatewayError) -> web.Response
     headers = {"Cache-Control": "no-store"}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    if isinstance(error, e.Unauthenticated):
+    if isinstance(error, Unauthenticated):
         headers[hdrs.WWW_AUTHENTICATE] = "Bearer"  # RFC 9110 11.6.1
-    if isinstance(error, e.MethodNotAllowed) and error.allowed:
+    if isinstance(error, MethodNotAllowed) and error.allowed:
         headers[hdrs.ALLOW] = ", ".join(error.allowed)
     response = web.Response(
         body=error.body(), status=error.http_status, headers=headers, content_type="application/json", charset="utf-8"
@@ -101,12 +110,12 @@ def _error_response(request: web.Request, error: e.GatewayError) -> web.Response
     return response
 
 
-def _from_http(request: web.Request, error: web.HTTPException) -> e.GatewayError:
+def _from_http(request: web.Request, error: web.HTTPException) -> GatewayError:
     if isinstance(error, web.HTTPMethodNotAllowed):
-        return e.MethodNotAllowed(f"{request.method} is not allowed here", allowed=sorted(error.allowed_methods))
+        return MethodNotAllowed(f"{request.method} is not allowed here", allowed=sorted(error.allowed_methods))
     if isinstance(error, web.HTTPNotFound):
-        return e.NotFound(f"there is no {request.method} {request.path[:128]!r} here", code="unknown_url")
-    return e.InvalidRequest(error.reason) if error.status < 500 else e.InternalError("the gateway failed")
+        return NotFound(f"there is no {request.method} {request.path[:128]!r} here", code="unknown_url")
+    return InvalidRequest(error.reason) if error.status < 500 else InternalError("the gateway failed")
 
 
 def _label(request: web.Request, name: str, *, strict: bool = True) -> str:
@@ -115,7 +124,7 @@ def _label(request: web.Request, name: str, *, strict: bool = True) -> str:
     if len(value) <= MAX_LABEL and value.isprintable() and value.isascii():
         return value
     if strict:
-        raise e.InvalidRequest(f"{name}: at most {MAX_LABEL} printable ASCII characters", param=name)
+        raise InvalidRequest(f"{name}: at most {MAX_LABEL} printable ASCII characters", param=name)
     return ""
 
 
@@ -140,10 +149,10 @@ def _route(request: web.Request) -> str:
 async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
     exchange = request[EXCHANGE]
     if request.config_dict[PULSE].refusing:
-        raise e.ShuttingDown("the gateway is shutting down; please try again", retry_after=1)
+        raise ShuttingDown("the gateway is shutting down; please try again", retry_after=1)
     try:
         principal, own_credential = await identify(request)
-    except e.GatewayError as error:
+    except GatewayError as error:
         request.config_dict[METRICS].auth_failures.labels(_auth_failure(request, error)).inc()
         raise
     exchange.principal = principal
@@ -154,28 +163,19 @@ async def authenticate(request: web.Request, handler: Handler) -> web.StreamResp
     return await handler(request)
 
 
-def _auth_failure(request: web.Request, error: e.GatewayError) -> str:
-    if isinstance(error, e.Unavailable):
+def _auth_failure(request: web.Request, error: GatewayError) -> str:
+    if isinstance(error, Unavailable):
         return "unavailable"
-    if isinstance(error, e.RateLimited):
+    if isinstance(error, RateLimited):
         return "throttled"
     return "invalid" if hdrs.AUTHORIZATION in request.headers or API_KEY in request.headers else "missing"
 
 
 @web.middleware
-async def read_call(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Reads and checks the body before anything is counted against a limit or sent anywhere."""
-    parse = _PARSERS.get(request.path)
-    if parse is not None and request.method == hdrs.METH_POST:
-        request[EXCHANGE].chat = parse(await read_body(request, request.config_dict[SETTINGS].gateway_max_body))
-    return await handler(request)
-
-
-@web.middleware
 async def limit(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Only what will reach a provider is counted: listing models is free."""
+    """Only what goes on to a provider is counted; listing models is free. The body is read once it was admitted."""
     exchange = request[EXCHANGE]
-    if exchange.chat is None or exchange.principal is None:
+    if exchange.principal is None or _parser(request) is None:
         return await handler(request)
     limiter = request.config_dict[LIMITER]
     admission = await limiter.admit(exchange.principal, exchange.id)
@@ -204,14 +204,30 @@ _REASONS = {
 }
 
 
-def _refused(admission: Admission) -> e.GatewayError:
+def _refused(admission: Admission) -> GatewayError:
     words = _REASONS.get(admission.reason)
     if words is None:
-        return e.Unavailable("the limits cannot be checked at the moment", code="limits_unavailable", retry_after=1)
-    return e.RateLimited(
+        return Unavailable("the limits cannot be checked at the moment", code="limits_unavailable", retry_after=1)
+    return RateLimited(
         f"{words.format(limit=admission.limit)}; try again in {admission.retry_after:g} s",
         retry_after=admission.retry_after,
     )
+
+
+@web.middleware
+async def read_call(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Reads and checks the body before anything is sent anywhere."""
+    parse = _parser(request)
+    if parse is not None:
+        body = await read_body(request, request.config_dict[SETTINGS].gateway_max_body)
+        # A large body takes its time, which others' streams must not wait for.
+        request[EXCHANGE].chat = parse(body) if len(body) <= PARSE_HERE else await asyncio.to_thread(parse, body)
+    return await handler(request)
+
+
+def _parser(request: web.Request) -> Callable[[bytes], ChatRequest] | None:
+    """Of the requests that go on to a provider."""
+    return _PARSERS.get(request.path) if request.method == hdrs.METH_POST else None
 
 
 @web.middleware
@@ -226,4 +242,4 @@ async def record_usage(request: web.Request, handler: Handler) -> web.StreamResp
             request.config_dict[USAGE].record(row_of(exchange))
 
 
-V1 = (authenticate, read_call, limit, record_usage)
+V1 = (authenticate, limit, read_call, record_usage)

@@ -1,103 +1,40 @@
-"""One coarse timer for all open streams: heartbeats, silent providers, readers that stopped.
+"""One coarse timer for all that is being answered: heartbeats, silent providers, readers that stopped; and the drain.
 
-A timer for every read would cost more than the read. One tick looks at every open stream instead, at least ten times
+A timer for every read would cost more than the read. One tick looks at every open exchange instead, at least ten times
 in the shortest interval and at least once a second, so that a limit of 60 s holds to within a second.
 """
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from time import monotonic
 
-from aiohttp import web
-
-from gateway.protocol.errors import GatewayError, ShuttingDown, UpstreamTimeout
-from gateway.protocol.sse import PING
+from gateway.client import Client
+from gateway.protocol.errors import ShuttingDown
 from gateway.settings import Settings
-from gateway.upstream import Answer
 
-_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache, no-transform",
-    "X-Accel-Buffering": "no",  # nginx would hold the stream back
-}
-
-
-class Client:
-    """The client's side of one stream. Headers are held back until there is a byte to send.
-
-    Two may send: the relay, and the pulse for a heartbeat. Both send whole events, and neither is interrupted between
-    the first and the last byte of one, so their events never mix.
-    """
-
-    def __init__(self, request: web.Request) -> None:
-        self._request = request
-        self._response = web.StreamResponse(headers=_HEADERS)
-        self.answer: Answer | None = None  # relay: once the provider's headers are in
-        self.closed = False  # relay: nothing more is sent
-        self.stalled = False  # pulse: dropped because it stopped reading
-        self.reading_since = 0.0  # relay: waiting for the provider, seconds, monotonic; 0: not waiting
-        self._writing_since = 0.0  # waiting for the client
-        self._sent = monotonic()
-
-    @property
-    def prepared(self) -> bool:
-        """The status line is out (or about to be): what goes wrong from now on is an event."""
-        return self._response.prepared
-
-    async def send(self, data: bytes) -> None:
-        """Raises ConnectionError when the client is gone; waits while it does not read."""
-        if not self._response.prepared:
-            await self._response.prepare(self._request)
-        self._sent = self._writing_since = monotonic()
-        await self._response.write(data)
-        self._writing_since = 0.0
-
-    async def end(self) -> web.StreamResponse:
-        self.closed = True
-        self._writing_since = monotonic()
-        await self._response.write_eof()
-        self._writing_since = 0.0
-        return self._response
-
-    async def ping(self) -> None:
-        if self.closed or self._writing_since:
-            return
-        with suppress(ConnectionError):  # the relay is told by its own write, or by its cancellation
-            await self.send(PING)
-
-    def check(self, now: float, settings: Settings) -> bool:
-        """Enforce the limits; true when a heartbeat is due."""
-        if self._writing_since:
-            if now - self._writing_since > settings.gateway_write_timeout and self._request.transport is not None:
-                self.stalled = True
-                self._request.transport.abort()
-            return False
-        if self.answer is not None and self.reading_since and now - self.reading_since > settings.gateway_idle_timeout:
-            self.answer.interrupt(
-                UpstreamTimeout(
-                    f"the provider was silent for {settings.gateway_idle_timeout:g} s in the middle of its answer",
-                    kind="timeout_idle",
-                )
-            )
-            return False
-        return not self.closed and now - self._sent >= settings.gateway_heartbeat
-
-    def interrupt(self, error: GatewayError) -> None:
-        if self.answer is not None:
-            self.answer.interrupt(error)
+LAST_WORDS = 1.0  # seconds that streams have for their error event when the drain is over
 
 
 class Pulse:
-    """All open streams. Opened and closed by app.py; each stream enters and leaves by `watch`."""
+    """All open exchanges. Opened and closed by app.py; each enters and leaves by `watch`."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._clients: set[Client] = set()
         self._pings: set[asyncio.Task[None]] = set()
-        self.in_flight = 0  # requests of any kind being answered; middlewares.errors
+        self._in_flight = 0  # requests of any kind
         self.draining = False  # app: SIGTERM came, we are no longer ready
         self.refusing = False  # app: no new exchange is begun
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Around every request: the drain waits for it."""
+        self._in_flight += 1
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
 
     @contextmanager
     def watch(self, client: Client) -> Iterator[None]:
@@ -109,7 +46,11 @@ class Pulse:
             self._clients.discard(client)
 
     @property
-    def open_streams(self) -> int:
+    def idle(self) -> bool:
+        return not self._in_flight
+
+    @property
+    def open_exchanges(self) -> int:
         return len(self._clients)
 
     async def run(self) -> None:
@@ -127,11 +68,14 @@ class Pulse:
                     task.add_done_callback(self._pings.discard)
 
     async def drain(self, timeout: float) -> None:
-        """Let what is open finish; after `timeout` seconds end the streams with an error event that says why."""
-        await self._until(lambda: not self.in_flight, timeout)
+        """Let what is open finish; after `timeout` seconds end it with an error that says why."""
+        await self._until(lambda: self.idle, timeout)
+        self.interrupt_all()
+        await self._until(lambda: self.idle, LAST_WORDS)
+
+    def interrupt_all(self) -> None:
         for client in list(self._clients):
-            client.interrupt(ShuttingDown("the gateway is shutting down; please try again"))
-        await self._until(lambda: not self._clients, 1.0)
+            client.interrupt(ShuttingDown("the gateway is shutting down; please try again", retry_after=1))
 
     async def _until(self, condition: Callable[[], bool], seconds: float) -> None:
         deadline = monotonic() + seconds

@@ -7,13 +7,16 @@ Rule 3: whatever happens, the provider's connection is ended here, and the excha
 
 import asyncio
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import monotonic, time
 
-from aiohttp import hdrs, web
+from aiohttp import web
 
 from gateway.appkeys import METRICS, PULSE, SETTINGS, UPSTREAM
+from gateway.client import Client
 from gateway.exchange import Exchange
-from gateway.protocol.chat import Call, Chunk, UpstreamRequest, prompt_text
+from gateway.protocol.chat import PARSE_HERE, Call, ChatRequest, Chunk, Translator, UpstreamRequest, prompt_text
 from gateway.protocol.dialects import DIALECTS
 from gateway.protocol.errors import (
     GatewayError,
@@ -27,15 +30,10 @@ from gateway.protocol.errors import (
 )
 from gateway.protocol.meter import Meter
 from gateway.protocol.usage import Usage
-from gateway.pulse import Client
 from gateway.upstream import MAX_ERROR_BODY, Answer
 
 log = logging.getLogger("gateway.relay")
 
-COMPRESS_FROM = 1024  # bytes of a JSON answer; below it gzip saves nothing
-
-# Nothing was sent: no row is due.
-_NEVER_SENT = frozenset({"connect", "dns", "tls", "timeout_connect"})
 # The provider refused or died before it generated anything: nothing is billed.
 _NOTHING_BILLED = frozenset({"reset", "protocol", "redirect", "auth", "http_429", "http_4xx", "http_5xx"})
 
@@ -47,12 +45,11 @@ async def relay(request: web.Request, exchange: Exchange) -> web.StreamResponse:
     assert target is not None
     call = Call(chat, target, f"chatcmpl-{exchange.id.replace('-', '')}", int(time()))
     attempt = _Attempt(request, exchange, call)
-    to_send = attempt.translator.request()  # raises what the dialect cannot express: nothing was sent yet
-    attempt.meter = exchange.meter = Meter(prompt_text(chat))
+    to_send = await _request_of(attempt.translator, chat)
     exchange.outcome = "interrupted"  # until we know better
     started = monotonic()
     try:
-        return await (attempt.stream(to_send) if chat.stream else attempt.unary(to_send))
+        return await attempt.run(to_send, stream=chat.stream)
     except GatewayError as error:
         attempt.note(error)
         raise
@@ -67,10 +64,15 @@ async def relay(request: web.Request, exchange: Exchange) -> web.StreamResponse:
         exchange.upstream_ms = (monotonic() - started) * 1000
 
 
+async def _request_of(translator: Translator, chat: ChatRequest) -> UpstreamRequest:
+    """Raises InvalidRequest for what the dialect cannot express: nothing was sent yet."""
+    if len(chat.body) <= PARSE_HERE:
+        return translator.request()
+    return await asyncio.to_thread(translator.request)
+
+
 class _Attempt:
     """One try at one target. Its exchange's outcome, status, error_code and meter are written here alone."""
-
-    meter: Meter
 
     def __init__(self, request: web.Request, exchange: Exchange, call: Call) -> None:
         self._request = request
@@ -78,30 +80,38 @@ class _Attempt:
         self._target = call.target
         self._dialect = DIALECTS[call.target.provider.dialect]
         self.translator = self._dialect.translator(call)
+        self._meter = Meter(prompt_text(call.chat))
         self._settings = request.config_dict[SETTINGS]
         self._metrics = request.config_dict[METRICS]
         self._live = self._metrics.tokens_live(exchange.model, call.target.provider.name)
 
-    # --- a stream
-
-    async def stream(self, to_send: UpstreamRequest) -> web.StreamResponse:
-        client = Client(self._request)
+    async def run(self, to_send: UpstreamRequest, *, stream: bool) -> web.StreamResponse:
+        client = Client(self._request, stream=stream)
         with self._request.config_dict[PULSE].watch(client):
-            self._metrics.streams_open.inc()
             try:
-                await self._run(client, to_send)
-                return await client.end()
+                if stream:
+                    return await self._stream(client, to_send)
+                return await self._unary(client, to_send)
             finally:
-                self._metrics.streams_open.dec()
                 if client.prepared:
                     self._exchange.status = 200
                 if client.stalled:
                     self._exchange.error_code = "client_stalled"
 
+    # --- a stream
+
+    async def _stream(self, client: Client, to_send: UpstreamRequest) -> web.StreamResponse:
+        self._metrics.streams_open.inc()
+        try:
+            await self._run(client, to_send)
+            return await client.end()
+        finally:
+            self._metrics.streams_open.dec()
+
     async def _run(self, client: Client, to_send: UpstreamRequest) -> None:
         """All of the stream but its end. Raises GatewayError only while no byte was sent."""
         try:
-            client.answer = await self._open(to_send)
+            client.answer = await self._open(client, to_send)
             await self._pump(client, client.answer)
             self._exchange.outcome = "ok"
         except GatewayError as error:
@@ -120,16 +130,14 @@ class _Attempt:
         self.note(error)
         await client.send(error.event())
 
-    async def _open(self, to_send: UpstreamRequest) -> Answer:
+    async def _open(self, client: Client, to_send: UpstreamRequest) -> Answer:
         """The provider's answer, once it is one that streams. Raises UpstreamError."""
         limit = self._settings.gateway_first_byte_timeout
-        try:
-            async with asyncio.timeout(limit):
+        with self._within(client, limit, f"sent no answer within {limit:g} s", "timeout_headers"):
+            async with asyncio.timeout(limit) as client.deadline:
                 answer = await self._post(to_send)
                 if answer.status != 200:
                     raise await self._refusal(answer)
-        except TimeoutError:
-            raise UpstreamTimeout(f"{self._target.provider.name} sent no answer within {limit:g} s") from None
         if answer.content_type in ("text/html", "application/json") and answer.content_type != self._dialect.media_type:
             answer.close()
             raise UpstreamBadBody(f"{self._target.provider.name} answered with {answer.content_type}, not a stream")
@@ -162,31 +170,47 @@ class _Attempt:
 
     # --- a whole answer
 
-    async def unary(self, to_send: UpstreamRequest) -> web.StreamResponse:
+    async def _unary(self, client: Client, to_send: UpstreamRequest) -> web.StreamResponse:
         limit = self._settings.gateway_total_timeout
-        try:
-            async with asyncio.timeout(limit):
+        with self._within(client, limit, f"did not finish its answer within {limit:g} s", "timeout_total"):
+            async with asyncio.timeout(limit) as client.deadline:
                 answer = await self._post(to_send)
                 if answer.status != 200:
                     raise await self._refusal(answer)
                 body = await self._whole(answer, self._settings.gateway_max_reply)
-        except TimeoutError:
-            raise UpstreamTimeout(
-                f"{self._target.provider.name} did not finish its answer within {limit:g} s", kind="timeout_total"
-            ) from None
         reply = self.translator.reply(body)
         self._count(reply.text, reply.usage, reply.finish_reason)
-        self._exchange.outcome, self._exchange.status = "ok", 200
-        return json_response(self._request, reply.body)
+        response = await client.send_whole(reply.body)
+        self._exchange.outcome = "ok"
+        return response
 
     # --- both
 
+    @contextmanager
+    def _within(self, client: Client, limit: float, words: str, kind: str) -> Iterator[None]:
+        """Says what a time-out means: an interruption, a connection that never was, or a provider that is too slow."""
+        try:
+            yield
+        except TimeoutError:
+            if client.interrupted is not None:
+                raise client.interrupted from None
+            if self._exchange.meter is None:
+                words, kind = f"could not be connected to within {limit:g} s", "timeout_connect"
+            raise UpstreamTimeout(f"{self._target.provider.name} {words}", kind=kind) from None
+        finally:
+            client.deadline = None
+
     async def _post(self, to_send: UpstreamRequest) -> Answer:
         upstream = self._request.config_dict[UPSTREAM]
-        answer = await upstream.post(self._target, to_send, self._request.headers, self._exchange.id)
+        named = to_send._replace(headers={**to_send.headers, "X-Request-Id": self._exchange.id})
+        answer = await upstream.post(self._target, named, self._request.headers, self._connected)
         if answer.request_id:
             self._exchange.headers["X-Upstream-Request-Id"] = answer.request_id
         return answer
+
+    def _connected(self) -> None:
+        """From here on the provider may bill: a usage row is due."""
+        self._exchange.meter = self._meter
 
     async def _refusal(self, answer: Answer) -> GatewayError:
         return self.translator.error(answer.status, await self._whole(answer, MAX_ERROR_BODY), answer.retry_after)
@@ -201,7 +225,7 @@ class _Attempt:
         return body
 
     def _count(self, text: str, usage: Usage | None, finish_reason: str | None) -> None:
-        added = self.meter.see(text, usage, finish_reason)
+        added = self._meter.see(text, usage, finish_reason)
         if text and not self._exchange.first_byte:
             self._exchange.first_byte = monotonic()
         if added:
@@ -230,15 +254,5 @@ class _Attempt:
         if not isinstance(error, UpstreamError):
             return
         self._metrics.upstream_errors.labels(self._target.provider.name, error.kind).inc()
-        if error.kind in _NEVER_SENT:
-            exchange.meter = None
-        elif error.kind in _NOTHING_BILLED and not self.meter.bytes_out and self.meter.usage is None:
-            self.meter.usage = Usage(0, 0)
-
-
-def json_response(request: web.BaseRequest, body: bytes, status: int = 200) -> web.Response:
-    """A JSON answer, compressed when it is worth it and the client can."""
-    response = web.Response(body=body, status=status, content_type="application/json", charset="utf-8")
-    if len(body) >= COMPRESS_FROM and "gzip" in request.headers.get(hdrs.ACCEPT_ENCODING, "").lower():
-        response.enable_compression(web.ContentCoding.gzip)
-    return response
+        if error.kind in _NOTHING_BILLED and not self._meter.bytes_out and self._meter.usage is None:
+            self._meter.usage = Usage(0, 0)

@@ -11,15 +11,21 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 import msgspec
 from msgspec import Meta
 
 from gateway.protocol.routing import Provider, Routes
 
-Seconds = Annotated[float, Meta(gt=0)]
+# A million seconds are eleven days: more is a slip of the pen, and infinity is no number that a timer takes.
+Seconds = Annotated[float, Meta(gt=0, le=1e6)]
+SecondsOrNone = Annotated[float, Meta(ge=0, le=1e6)]
 Count = Annotated[int, Meta(ge=0)]
+
+SECRETS = frozenset({"database_url", "redis_url", "openai_api_key", "anthropic_api_key", "gateway_key_pepper"})
+# What `make up` writes for scripts; sourcing that file must not stop a later start.
+_SCRIPTS = frozenset({"GATEWAY_BASE_URL", "GATEWAY_API_KEY"})
 
 
 class SettingsError(Exception):
@@ -52,7 +58,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     anthropic_api_key: Annotated[str, _doc("Anthropic's key")] = ""
     anthropic_base_url: Annotated[str, _doc("Anthropic's address, without `/v1`")] = ""
     anthropic_version: Annotated[str, _doc("`anthropic-version` sent upstream")] = "2023-06-01"
-    ollama_base_url: Annotated[str, _doc("Ollama's address; empty: looked for on localhost:11434")] = ""
+    ollama_base_url: Annotated[str, _doc("Ollama's address; empty: it is looked for, and used while it answers")] = ""
+    gateway_ollama_probe: Annotated[str, _doc("where Ollama is looked for; empty: `http://localhost:11434`")] = ""
     gateway_mock: Annotated[
         Literal["auto", "on", "off"], _doc("the built-in mock provider: `on`, `off`, `auto` (on in development)")
     ] = "auto"
@@ -70,7 +77,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     gateway_body_timeout: Annotated[Seconds, _doc("seconds for a request body to arrive")] = 60.0
     gateway_drain_timeout: Annotated[Seconds, _doc("seconds that open streams may go on after SIGTERM")] = 110.0
     gateway_drain_delay: Annotated[
-        float, Meta(ge=0), _doc("seconds that new requests are still served after SIGTERM (10 behind a load balancer)")
+        SecondsOrNone, _doc("seconds that new requests are still served after SIGTERM (10 behind a load balancer)")
     ] = 0.0
     gateway_max_body: Annotated[Annotated[int, Meta(gt=0)], _doc("bytes of a request body")] = 32 << 20
     gateway_max_reply: Annotated[Annotated[int, Meta(gt=0)], _doc("bytes of an answer that is not streamed")] = 64 << 20
@@ -96,33 +103,124 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     gateway_key_cache: Annotated[Seconds, _doc("seconds that a verified key is trusted without a look-up")] = 60.0
     gateway_key_stale: Annotated[Seconds, _doc("seconds it is trusted while Postgres is gone")] = 900.0
 
-
-SECRETS = frozenset({"database_url", "redis_url", "openai_api_key", "anthropic_api_key", "gateway_key_pepper"})
+    def __repr__(self) -> str:
+        """Without the secrets: what is logged or shown in a traceback is read by more people than may know them."""
+        shown = {name: getattr(self, name) for name in self.__struct_fields__}
+        hidden = {name: "***" for name in SECRETS if shown[name]}
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in {**shown, **hidden}.items())})"
 
 
 def load_settings(environ: Mapping[str, str]) -> Settings:
     """The settings in an environment. Raises SettingsError, which never repeats a secret's value."""
     known = {field.upper(): field for field in Settings.__struct_fields__}
-    unknown = sorted(name for name in environ if name.startswith("GATEWAY_") and name not in known | _SCRIPTS)
+    unknown = sorted(name for name in environ if name.startswith("GATEWAY_") and name not in known.keys() | _SCRIPTS)
     if unknown:
         raise SettingsError(f"unknown setting {unknown[0]}")
     given = {field: environ[name].strip() for name, field in known.items() if environ.get(name, "").strip()}
     for field in ("environment", "log_level"):
         if field in given:
             given[field] = given[field].lower()
+    return _checked(given)
+
+
+def change(settings: Settings, changes: Mapping[str, object]) -> Settings:
+    """The same settings with other values for some, which are checked as those of the environment are."""
+    return _checked({**msgspec.structs.asdict(settings), **changes})
+
+
+def _checked(values: Mapping[str, object]) -> Settings:
     try:
-        return msgspec.convert(given, Settings, strict=False)
+        settings = msgspec.convert(values, Settings, strict=False)
     except msgspec.ValidationError as error:
-        raise SettingsError(_explain(str(error))) from None
+        field, problem = _explain(error)
+        raise SettingsError(f"{field.upper()}: {problem}") from None
+    if settings.gateway_drain_delay > settings.gateway_drain_timeout:
+        raise SettingsError("GATEWAY_DRAIN_DELAY: it is a part of GATEWAY_DRAIN_TIMEOUT, and cannot be longer")
+    _check_postgres("DATABASE_URL", settings.database_url)
+    _check_redis("REDIS_URL", settings.redis_url)
+    for field in ("openai_base_url", "anthropic_base_url", "ollama_base_url", "gateway_ollama_probe"):
+        if url := getattr(settings, field):
+            _check_provider(field.upper(), url)
+    return settings
 
 
-# What `make up` writes for scripts; sourcing that file must not stop a later start.
-_SCRIPTS = {"GATEWAY_BASE_URL": "", "GATEWAY_API_KEY": ""}
+def _explain(error: msgspec.ValidationError) -> tuple[str, str]:
+    """Where in the data the error is, as `providers.x.base_url`, and what it is."""
+    problem, _, path = str(error).partition(" - at `$")
+    return path.rstrip("`").removeprefix("."), problem
 
 
-def _explain(error: str) -> str:
-    problem, _, path = error.partition(" - at `$.")
-    return f"{path.rstrip('`').upper()}: {problem}" if path else problem
+# --- addresses ----------------------------------------------------------------------------------------------------
+# Of each its form; what stands at it is found out later. None of these repeats a part of an address: a password with
+# an `@` or a `/` in it makes any part of it a part of the password.
+
+
+def _check_postgres(name: str, url: str) -> None:
+    """A connection URI (https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING-URIS)."""
+    if not url:
+        return
+    parts = _split(name, url)
+    if parts.scheme not in ("postgresql", "postgres"):
+        raise SettingsError(f"{name}: an address as postgresql://user:password@host:5432/database is required")
+    try:
+        options = parse_qs(parts.query, strict_parsing=True) if parts.query else {}
+    except ValueError:
+        raise SettingsError(f"{name}: what follows the `?` is name=value, joined by `&`") from None
+    hosts = parts.netloc.rpartition("@")[2]
+    ports = [_port(host) for host in [*hosts.split(","), *",".join(options.get("host", [])).split(",")]]
+    ports += ",".join(options.get("port", [])).split(",")
+    if not all(_is_port(port) for port in ports if port):
+        raise SettingsError(f"{name}: a port is a number from 1 to 65535")
+
+
+def _port(host: str) -> str:
+    """Of `host:port`, `[address]:port` or `/folder/of/a/socket`."""
+    return "" if host.startswith("/") else host.rpartition("]")[2].partition(":")[2]
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 5 and 0 < int(text) < 65536
+
+
+def _check_redis(name: str, url: str) -> None:
+    if not url:
+        return
+    parts = _split(name, url)
+    if parts.scheme not in ("redis", "rediss", "unix"):
+        raise SettingsError(f"{name}: an address as redis://host:6379/0, rediss:// or unix:// is required")
+    if parts.scheme != "unix":
+        _check_port(name, parts)
+        database = parts.path.strip("/")
+        if database and not (database.isascii() and database.isdecimal()):
+            raise SettingsError(f"{name}: the path of a Redis address is the number of a database")
+
+
+def _check_provider(name: str, url: str) -> None:
+    parts = _split(name, url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"\s", url):
+        raise SettingsError(f"{name}: an http or https address is required")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise SettingsError(f"{name}: no credentials, query or fragment in an address")
+    _check_port(name, parts)
+
+
+def _split(name: str, url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # an IPv6 address without its other bracket
+        raise SettingsError(f"{name}: this is not an address") from None
+    if parts.netloc.count("@") > 1:
+        raise SettingsError(f"{name}: in a user's name or password `@` is written %40")
+    return parts
+
+
+def _check_port(name: str, parts: SplitResult) -> None:
+    try:
+        wrong = parts.port == 0
+    except ValueError:
+        wrong = True
+    if wrong:
+        raise SettingsError(f"{name}: a port is a number from 1 to 65535")
 
 
 # --- providers ----------------------------------------------------------------------------------------------------
@@ -166,6 +264,8 @@ def load_routes(settings: Settings, environ: Mapping[str, str]) -> Routes:
             own = _read_config(str(path), path.read_text("utf-8"))
         except OSError as error:
             raise SettingsError(f"GATEWAY_CONFIG: cannot read {path}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise SettingsError(f"GATEWAY_CONFIG: {path} is not UTF-8 text") from None
     rows = {**shipped.providers, **own.providers}
     providers = {name: _provider(name, row, settings, environ, own) for name, row in rows.items()}
     for alias, target in own.aliases.items():
@@ -180,8 +280,8 @@ def _read_config(name: str, text: str) -> ConfigFile:
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{name}: {error}") from None
     except msgspec.ValidationError as error:
-        problem, _, path = str(error).partition(" - at `$.")
-        raise SettingsError(f"{name}: {path.rstrip('`')}: {problem}" if path else f"{name}: {problem}") from None
+        key, problem = _explain(error)
+        raise SettingsError(f"{name}: {key}: {problem}" if key else f"{name}: {problem}") from None
 
 
 def _provider(name: str, row: ProviderRow, settings: Settings, environ: Mapping[str, str], own: ConfigFile) -> Provider:
@@ -207,13 +307,10 @@ def _provider(name: str, row: ProviderRow, settings: Settings, environ: Mapping[
 
 def _address(name: str, row: ProviderRow, settings: Settings, own: ConfigFile) -> Address:
     given: str = getattr(settings, f"{name}_base_url", "")
-    url = (given or row.base_url).rstrip("/")
+    probe: str = "" if name in own.providers else getattr(settings, f"gateway_{name}_probe", "")
+    url = (given or probe or row.base_url).rstrip("/")
+    _check_provider(f"providers.{name}.base_url", url)
     parts = urlsplit(url)
-    where = f"{name.upper()}_BASE_URL" if given else f"providers.{name}.base_url"
-    if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"\s", url):
-        raise SettingsError(f"{where}: an http or https address is required")
-    if parts.username or parts.query or parts.fragment:
-        raise SettingsError(f"{where}: no credentials, query or fragment in an address")
     if row.dialect == "openai":
         url += "" if parts.path else "/v1"  # an OpenAI-compatible server's address ends in it; a bare host is a slip
     else:

@@ -7,11 +7,11 @@ Rule 3: headers are built here from an allow-list; nothing that a client sent re
 
 import asyncio
 import ssl
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
+from math import isfinite
 from time import time
-from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -71,6 +71,14 @@ class Answer:
             parts.append(data)
         return b"".join(parts)
 
+    @property
+    def broken(self) -> bool:
+        """The connection is gone before the end. aiohttp does not tell a reader that waits of every fault it found."""
+        connection = self._response.connection
+        if self._response.content.is_eof():
+            return False
+        return connection is None or connection.transport is None or connection.transport.is_closing()
+
     def interrupt(self, error: GatewayError) -> None:
         """Let the read that is waiting, or the next one, raise `error`."""
         self._response.content.set_exception(error)
@@ -105,10 +113,13 @@ class _Drain:
             async with asyncio.timeout(self.LIMIT):
                 while await response.content.readany():
                     pass
-        except (TimeoutError, aiohttp.ClientError, OSError):
+        except (TimeoutError, aiohttp.ClientError, OSError, RuntimeError):
             pass
         finally:
-            response.close() if not response.content.at_eof() else response.release()
+            if response.content.at_eof():
+                response.release()
+            else:
+                response.close()
 
     async def close(self) -> None:
         for task in list(self._tasks):
@@ -129,7 +140,8 @@ class Upstream:
 
     def _session(self, connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
         trace = aiohttp.TraceConfig()
-        trace.on_connection_reuseconn.append(_mark_reused)
+        trace.on_connection_create_end.append(_note_connected)
+        trace.on_connection_reuseconn.append(_note_reused)
         return aiohttp.ClientSession(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -145,34 +157,34 @@ class Upstream:
         await self._fresh.close()
 
     async def post(
-        self, target: Target, request: UpstreamRequest, headers: Mapping[str, str], request_id: str
+        self, target: Target, request: UpstreamRequest, headers: Mapping[str, str], on_connected: Callable[[], None]
     ) -> Answer:
         """Send one request; the answer once its headers are in. Raises UpstreamError.
 
-        `headers` is what the client sent: what may pass is picked here.
+        `headers` is what the client sent: what may pass is picked here. `on_connected` is called when there is a
+        connection, just before anything is sent on it.
         """
         provider = target.provider
         sent = {
             "Content-Type": "application/json",
             # A compressed stream would be held back by the compressor.
             "Accept-Encoding": "identity",
-            "X-Request-Id": request_id,
             **provider.headers,
             **request.headers,
             **_credential(provider, target.credential),
             **{name: headers[name] for name in _PASSED_ON if name in headers},
         }
-        return await self._send("POST", provider, request.path, sent, request.body)
+        return await self._send("POST", provider, request.path, sent, request.body, on_connected)
 
     async def get(self, provider: Provider, path: str, timeout: float) -> bytes:
         """A small document of the provider's, such as its list of models. Raises UpstreamError."""
         headers = {**provider.headers, **_credential(provider, provider.api_key)}
         try:
             async with asyncio.timeout(timeout):
-                answer = await self._send("GET", provider, path, headers, None)
+                answer = await self._send("GET", provider, path, headers)
                 try:
                     if answer.status != 200:
-                        raise UpstreamError(f"{provider.name} answered {answer.status}", kind="http_4xx")
+                        raise UpstreamError(f"{provider.name} answered {answer.status}")
                     return await answer.body(8 << 20)
                 finally:
                     answer.finish()
@@ -180,17 +192,28 @@ class Upstream:
             raise UpstreamTimeout(f"{provider.name} did not answer in {timeout:g} s") from None
 
     async def _send(
-        self, method: str, provider: Provider, path: str, headers: Mapping[str, str], body: bytes | None
+        self,
+        method: str,
+        provider: Provider,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes | None = None,
+        on_connected: Callable[[], None] = lambda: None,
     ) -> Answer:
-        url, trace = self._url(provider.base_url + path), SimpleNamespace(reused=False)
-        send: dict[str, Any] = {"data": body, "headers": headers, "allow_redirects": False}
+        url, progress = self._url(provider.base_url + path), _Progress(on_connected)
+        send: dict[str, Any] = {
+            "data": body,
+            "headers": headers,
+            "allow_redirects": False,
+            "trace_request_ctx": progress,
+        }
         with _map_open_errors(provider.name):
             try:
-                response = await self._pooled.request(method, url, trace_request_ctx=trace, **send)
+                response = await self._pooled.request(method, url, **send)
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
                 # A pooled connection that the provider closed under us: no byte of an answer came, so it is tried
                 # once more on a fresh one. aiohttp does so by itself for idempotent methods alone.
-                if not trace.reused:
+                if not progress.reused:
                     raise
                 response = await self._fresh.request(method, url, **send)
         if 300 <= response.status < 400:
@@ -205,8 +228,21 @@ class Upstream:
         return url
 
 
-async def _mark_reused(session: Any, context: Any, params: Any) -> None:
+class _Progress:
+    """How far a request came."""
+
+    def __init__(self, on_connected: Callable[[], None]) -> None:
+        self.on_connected = on_connected
+        self.reused = False  # a pooled connection carries it
+
+
+async def _note_connected(session: Any, context: Any, params: Any) -> None:
+    context.trace_request_ctx.on_connected()
+
+
+async def _note_reused(session: Any, context: Any, params: Any) -> None:
     context.trace_request_ctx.reused = True
+    context.trace_request_ctx.on_connected()
 
 
 def _credential(provider: Provider, credential: str | None) -> dict[str, str]:
@@ -243,20 +279,22 @@ def _map_read_errors(provider: str) -> Iterator[None]:
         if isinstance(error.__cause__, ConnectionError):
             raise UpstreamTruncated(f"{provider} reset the connection", kind="reset") from None
         raise UpstreamTruncated(f"{provider} ended its answer in the middle") from None
-    except (aiohttp.ClientError, OSError):
+    except (aiohttp.ClientError, OSError, RuntimeError):  # the last: aiohttp's word for a reader without a connection
         raise UpstreamTruncated(f"{provider} reset the connection", kind="reset") from None
+
+
+MAX_RETRY_AFTER = 86_400.0  # seconds; what is longer is a slip of the provider's
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
     milliseconds, seconds = headers.get("retry-after-ms", ""), headers.get("retry-after", "").strip()
-    try:
-        if milliseconds:
-            return max(0.0, float(milliseconds) / 1000)
-        if seconds:
-            return max(0.0, float(seconds))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(seconds).timestamp() - time()) if seconds else None
-    except ValueError:
-        return None
+    for text, read in (
+        (milliseconds, lambda text: float(text) / 1000),
+        (seconds, float),
+        (seconds, lambda text: parsedate_to_datetime(text).timestamp() - time()),
+    ):
+        with suppress(ValueError, OverflowError, TypeError):
+            value = read(text)
+            if isfinite(value):
+                return min(max(0.0, value), MAX_RETRY_AFTER)
+    return None

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from gateway.settings import Settings, load_settings
+from gateway.settings import Settings, load_routes, load_settings
 
 pytestmark = pytest.mark.unit
 
@@ -61,9 +61,21 @@ def test_the_gateway_waits_until_its_stores_are_healthy() -> None:
 
 def test_addresses_name_services_of_this_file() -> None:
     environment = SERVICES["gateway"]["environment"]
-    addresses = [environment[name] for name in ("DATABASE_URL", "REDIS_URL", "OLLAMA_BASE_URL")]
+    addresses = [environment[name] for name in ("DATABASE_URL", "REDIS_URL")]
     hosts = [re.search(r"(?:@|//)([a-z]+):\d+", address) for address in addresses]
-    assert [host[1] for host in hosts if host] == ["postgres", "redis", "ollama"]
+    assert [host[1] for host in hosts if host] == ["postgres", "redis"]
+    assert {"postgres", "redis", "ollama"} == set(SERVICES) - {"gateway"}
+
+
+def test_an_ollama_is_looked_for_on_the_machine_and_none_is_given() -> None:
+    """An address that is given is used whether it answers or not: every misspelt model would be routed to it."""
+    gateway = SERVICES["gateway"]
+    environ = {name: re.sub(r"\$\{[A-Z_]+:[-?](.*)\}", r"\1", value) for name, value in gateway["environment"].items()}
+    given = {name: environ[name] for name in ("OLLAMA_BASE_URL", "GATEWAY_OLLAMA_PROBE")}
+    assert given == {"OLLAMA_BASE_URL": "", "GATEWAY_OLLAMA_PROBE": "http://host.docker.internal:11434"}
+    ollama = load_routes(load_settings(given), given).providers["ollama"]
+    assert (ollama.base_url, ollama.enabled) == ("http://host.docker.internal:11434", False)
+    assert gateway["extra_hosts"] == ["host.docker.internal:host-gateway"]
 
 
 def test_the_port_is_the_same_everywhere() -> None:

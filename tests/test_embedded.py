@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,23 @@ def test_an_interrupted_initdb_is_done_again(folder: Path) -> None:
     (folder / "postgres.new" / "PG_VERSION").write_text("half")
     with servers(folder) as pair:
         assert query(pair.database_url, "select 1") == 1
+
+
+def test_a_start_that_is_told_to_stop_ends_and_leaves_none_running(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "_postgres_is_ready", lambda data, pid: False)
+    pair = Embedded(folder, postgres=True, redis=True)
+    with ThreadPoolExecutor(1) as thread:
+        starting = thread.submit(pair.start)
+        deadline = time.monotonic() + 20
+        while not (folder / "postgres.log").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        pair.stop()
+        with pytest.raises(EmbeddedError, match="told to stop before Postgres was ready"):
+            starting.result(10)
+    wait_until_unlocked(folder, 0.5)
 
 
 def test_a_server_that_cannot_start_says_why_and_leaves_none_running(folder: Path) -> None:

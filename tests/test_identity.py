@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -7,9 +8,9 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from gateway.appkeys import KEYS
 from gateway.exchange import Principal
-from gateway.identity import MAX_CREDENTIAL, find_key, identify
+from gateway.identity import MAX_CREDENTIAL, find_key, identify, tenant
 from gateway.protocol.errors import GatewayError, InvalidRequest, RateLimited, Unauthenticated, Unavailable
-from gateway.stores.failures import Failures
+from gateway.stores.attempts import Attempts
 from gateway.stores.keys import KeyStore
 from gateway.stores.tokens import join_token
 
@@ -114,7 +115,7 @@ class Keys:
     """One good key; all others are wrong, or cannot be checked."""
 
     def __init__(self) -> None:
-        self.failures = Failures(20)
+        self.failures = Attempts(20)
         self.error: GatewayError = Unauthenticated("incorrect API key provided")
 
     async def verify(self, token: str) -> Principal:
@@ -137,6 +138,11 @@ def asking(keys: Keys, *pairs: tuple[str, str], address: str = "10.0.0.1") -> we
 async def test_a_good_key_names_its_principal(keys: Keys) -> None:
     request = asking(keys, ("X-API-Key", KEY), ("Authorization", "Bearer sk-proj-1"))
     assert await identify(request) == (PRINCIPAL, "sk-proj-1")
+
+
+def test_a_member_is_a_tenant_and_an_admin_is_none() -> None:
+    assert tenant(PRINCIPAL) == "account"
+    assert tenant(replace(PRINCIPAL, role="admin")) is None
 
 
 async def test_without_a_key_the_answer_says_how_to_send_one(keys: Keys) -> None:

@@ -157,6 +157,11 @@ def test_an_endless_chain_of_causes_ends() -> None:
         ("got sk-proj-abcdefgh12345678", "abcdefgh", "sk-***"),
         ("Authorization: Bearer abc.def-123456789=", "abc.def", "Bearer ***"),
         ("postgresql://gateway:hunter22@db:5432/x", "hunter22", "postgresql://gateway:***@db:5432/x"),
+        ("postgresql://gateway:hun@ter/22@db:5432/x", "ter", "postgresql://gateway:***@db:5432/x"),
+        ("refused: redis://:hun/ter22@cache:6379/0", "hun/ter22", "redis://:***@cache:6379/0"),
+        ("Authorization: Basic dXNlcjpwYXNz", "dXNlcjpwYXNz", "Basic ***"),
+        ("x-api-key: 0123456789abcdef", "0123456789abcdef", "x-api-key: ***"),
+        ("{'X-Api-Key': '0123456789abcdef'}", "0123456789abcdef", "{'X-Api-Key': '***'}"),
     ],
 )
 def test_what_looks_like_a_credential_is_masked(text: str, secret: str, kept: str) -> None:
@@ -168,7 +173,10 @@ def test_what_looks_like_a_credential_is_masked(text: str, secret: str, kept: st
 
 
 def test_plain_words_and_a_keys_prefix_are_not_masked() -> None:
-    text = "bearer authentication of aig_0123456789AB at https://example.org:8080/a task-force"
+    text = (
+        "bearer authentication of aig_0123456789AB at https://example.org:8080/a task-force, "
+        "basic authentication, a key in `X-API-Key` or api-key: none"
+    )
     assert parsed(record(text))["message"] == text
 
 

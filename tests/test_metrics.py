@@ -1,5 +1,5 @@
 import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from time import monotonic
 
 import pytest
@@ -28,6 +28,12 @@ HOSTILE_NAMES = [
     "Ünïcodé 模型 🦙",
     "",
 ]
+
+
+def metrics_that_know(models: Iterable[str], providers: Iterable[str] = ()) -> Metrics:
+    metrics = Metrics(providers=providers)
+    metrics.known_models.update(models)
+    return metrics
 
 
 def samples(metrics: Metrics) -> Iterator[Sample]:
@@ -108,7 +114,7 @@ def test_the_page_says_how_long_and_how_large_the_process_is() -> None:
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
 def test_a_hostile_label_value_comes_back_as_it_was_and_plants_nothing(name: str) -> None:
     quiet = {s.name for s in samples(Metrics())}
-    metrics = Metrics(known_models=[name])
+    metrics = metrics_that_know([name])
     metrics.requests.labels(metrics.model_label(name), "openai", "200").inc(7)
     assert value(metrics, "gateway_requests_total", model=name, provider="openai", status="200") == 7
     assert {s.name for s in samples(metrics)} - quiet == {"gateway_requests_total"}
@@ -116,13 +122,13 @@ def test_a_hostile_label_value_comes_back_as_it_was_and_plants_nothing(name: str
 
 @pytest.mark.parametrize("char", ["\0", "\r", "\ud800", "\x1b", "\u2028"])
 def test_what_has_no_place_in_a_label_becomes_a_replacement_character(char: str) -> None:
-    metrics = Metrics(known_models=[f"a{char}b"])
+    metrics = metrics_that_know([f"a{char}b"])
     metrics.requests.labels(f"a{char}b", "openai", "200").inc()
     assert value(metrics, "gateway_requests_total", model="a\ufffdb", provider="openai", status="200") == 1
 
 
 def test_a_model_that_a_client_made_up_is_counted_as_other() -> None:
-    metrics = Metrics(known_models=["gpt-4o"])
+    metrics = metrics_that_know(["gpt-4o"])
     metrics.exchange_ended(exchange(model="canary-model"), Usage(5, 6), "provider")
     metrics.tokens_live("canary-model", "openai").inc(3)
     assert b"canary" not in metrics.render()
@@ -149,7 +155,7 @@ def test_series_beyond_the_cap_are_counted_together_as_other() -> None:
 
 def test_the_page_stays_under_five_thousand_lines_whatever_is_asked(figure: Callable[[str], None]) -> None:
     names = [f"model-{number}" for number in range(2000)]
-    metrics = Metrics(known_models=names, providers=names)
+    metrics = metrics_that_know(names, providers=names)
     for name in names:
         metrics.requests.labels(name, name, "200").inc()
         metrics.tokens.labels(name, name, "prompt").inc()
@@ -228,7 +234,7 @@ def test_histograms_beyond_the_cap_share_one() -> None:
 
 
 def test_counting_costs_little(figure: Callable[[str], None]) -> None:
-    metrics = Metrics(known_models=["gpt-4o"], providers=["openai"])
+    metrics = metrics_that_know(["gpt-4o"], providers=["openai"])
     series = metrics.tokens.labels("gpt-4o", "openai", "prompt")
     histogram = metrics.request_duration_ms.labels("openai")
     ended, usage = exchange(), Usage(10, 20)
@@ -251,7 +257,7 @@ def _cost(call: object) -> float:
 
 
 def test_an_exchange_counts_its_request_its_times_and_its_tokens() -> None:
-    metrics = Metrics(known_models=["gpt-4o"])
+    metrics = metrics_that_know(["gpt-4o"])
     usage = Usage(100, 50, cached_tokens=40, cache_write_tokens=10, reasoning_tokens=30)
     metrics.exchange_ended(exchange(), usage, "provider")
     assert value(metrics, "gateway_requests_total", model="gpt-4o", provider="openai", status="200") == 1
@@ -266,7 +272,7 @@ def test_an_exchange_counts_its_request_its_times_and_its_tokens() -> None:
 
 @pytest.mark.parametrize(("live", "final", "counted"), [(0, 50, 50), (42, 50, 50), (50, 50, 50), (60, 50, 60)])
 def test_tokens_counted_live_are_not_counted_again(live: int, final: int, counted: int) -> None:
-    metrics = Metrics(known_models=["gpt-4o"])
+    metrics = metrics_that_know(["gpt-4o"])
     metrics.tokens_live("gpt-4o", "openai").inc(live)
     metrics.exchange_ended(exchange(), Usage(100, final), "provider", counted_live=live)
     assert value(metrics, "gateway_tokens_total", model="gpt-4o", provider="openai", kind="completion") == counted

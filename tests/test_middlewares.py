@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from time import monotonic
 from typing import Any
 
 import aiohttp
@@ -235,6 +236,111 @@ async def test_other_methods_are_405_and_name_what_is_allowed(gateway: Gateway, 
     ):
         assert response.status == 405
         assert response.headers["Allow"] == "POST"
+
+
+async def answer_to(gateway: Gateway, request: bytes) -> bytes:
+    port = int(gateway.root_url.rsplit(":", 1)[1])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request)
+    received = b""
+    try:
+        async with asyncio.timeout(3):
+            while data := await reader.read(1 << 16):
+                received += data
+    except (TimeoutError, ConnectionError):
+        pass
+    writer.close()
+    return received
+
+
+PROMPT = b'{"model":"m","messages":[{"role":"user","content":"CANARY prompt"}]}'
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + PROMPT + b"\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer CANARY\x00\r\nContent-Length: 0\r\n\r\n",
+        b"GET /CANARY\x01 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"CANARY / HTTP/1.1\r\nHost x\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: CANARY\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello!",
+    ],
+)
+async def test_what_is_no_http_gets_an_error_object_that_quotes_nothing(
+    gateway: Gateway, request_bytes: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    received = await answer_to(gateway, request_bytes)
+    status, _, rest = received.partition(b"\r\n")
+    assert status.split()[1] in (b"400", b"401"), received
+    assert b"CANARY" not in received
+    assert "CANARY" not in caplog.text
+    head, _, body = rest.partition(b"\r\n\r\n")
+    assert b"X-Request-Id: " in head
+    assert json.loads(body)["error"]["type"] in ("invalid_request_error", "authentication_error")
+    assert gateway.calls == []
+
+
+async def test_a_body_is_asked_for_only_after_key_and_size_were_looked_at(gateway: Gateway) -> None:
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nExpect: %s\r\nContent-Type: application/json\r\n"
+    key = b"Authorization: Bearer " + gateway.api_key.encode() + b"\r\n"
+    size = b"Content-Length: %d\r\n\r\n"
+    no_key = await answer_to(gateway, head % b"100-continue" + size % 10)
+    assert no_key.startswith(b"HTTP/1.1 401 ")
+    too_large = await answer_to(gateway, head % b"100-continue" + key + size % 99_000_000)
+    assert too_large.startswith(b"HTTP/1.1 413 ")
+    unknown = await answer_to(gateway, head % b"banana" + key + size % 10)
+    assert unknown.startswith(b"HTTP/1.1 417 ")
+    assert b'"expectation_failed"' in unknown
+    body = with_fields()
+    asked = await answer_to(gateway, head % b"100-continue" + key + b"Connection: close\r\n" + size % len(body) + body)
+    assert asked.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n")
+
+
+async def test_a_body_of_nothing_but_brackets_is_refused_at_once(database_url: str, redis_url: str) -> None:
+    async with running_gateway(database_url, redis_url) as gateway:
+        body = b'{"model":"m","x":[' + b"[]," * 3_000_000 + b"[]]}"
+        started = monotonic()
+        async with aiohttp.ClientSession(headers={**gateway.headers, "Content-Type": "application/json"}) as client:
+            async with client.post(f"{gateway.base_url}/chat/completions", data=body) as response:
+                assert response.status == 400
+                assert "brackets" in (await response.json())["error"]["message"]
+        assert monotonic() - started < 2
+
+
+async def test_a_large_body_does_not_hold_up_the_loop(database_url: str, redis_url: str) -> None:
+    messages = [{"role": "user", "content": f"number {number}"} for number in range(60_000)]
+    # A model that no provider has: nothing but the gateway's own reading is measured.
+    body = json.dumps({"model": "openai/gpt-none", "messages": messages}).encode()
+    async with running_gateway(database_url, redis_url, {"OPENAI_BASE_URL": "http://127.0.0.1:9/v1"}) as gateway:
+        headers = {**gateway.headers, "Content-Type": "application/json"}
+        async with aiohttp.ClientSession(headers=headers) as client:
+            longest, done = 0.0, False
+
+            async def tick() -> None:
+                nonlocal longest
+                while not done:
+                    before = monotonic()
+                    await asyncio.sleep(0.005)
+                    longest = max(longest, monotonic() - before)
+
+            ticking = asyncio.create_task(tick())
+            async with client.post(f"{gateway.base_url}/chat/completions", data=body) as response:
+                assert response.status == 502
+            done = True
+            await ticking
+    assert longest < 0.5
+
+
+async def test_refused_bodies_count_against_the_limit(gateway: Gateway) -> None:
+    key = await gateway.new_key(requests_per_minute=3)
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    async with aiohttp.ClientSession(headers=headers) as client:
+        statuses = []
+        for _ in range(5):
+            async with client.post(f"{gateway.base_url}/chat/completions", data=b"{") as response:
+                statuses.append(response.status)
+    assert statuses == [400, 400, 400, 429, 429]
 
 
 async def test_http_0_9_and_unknown_versions_are_not_served(gateway: Gateway) -> None:

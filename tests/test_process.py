@@ -1,8 +1,13 @@
 """`gateway serve` as a process of its own: start, memory, SIGTERM."""
 
 import asyncio
+import fcntl
+import os
+import shutil
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from time import monotonic
 
@@ -10,6 +15,7 @@ import aiohttp
 import asyncpg
 import pytest
 
+from gateway.stores import migrations
 from tests.support.gateway import chat_body
 from tests.support.process import Served, new_key, serving
 
@@ -66,6 +72,94 @@ async def test_a_stream_that_outlasts_the_drain_ends_with_an_error_event_and_a_r
         await connection.close()
 
 
+async def test_a_second_sigterm_ends_open_streams_with_an_error_event_at_once(
+    database_url: str, redis_url: str
+) -> None:
+    async with serving({"DATABASE_URL": database_url, "REDIS_URL": redis_url}) as served:
+        headers = {"Authorization": f"Bearer {await new_key(served)}"}
+        async with aiohttp.ClientSession(headers=headers) as client:
+            body = chat_body("mock-gpt?pace_ms=50&case=long", stream=True)
+            async with client.post(f"{served.base_url}/chat/completions", json=body) as response:
+                await response.content.readany()
+                stopping = asyncio.create_task(served.terminate())
+                async with asyncio.timeout(5):
+                    while await status_of(client, f"{served.root_url}/health/ready") != 503:
+                        await asyncio.sleep(0.02)
+                told = monotonic()
+                served.process.send_signal(signal.SIGTERM)
+                rest = (await response.read()).decode()
+        assert "server_shutting_down" in rest
+        assert "[DONE]" not in rest
+        assert await stopping == 0
+        assert monotonic() - told < 5
+    connection = await asyncpg.connect(database_url)
+    try:
+        assert await connection.fetchval("select outcome from usage") == "interrupted"
+    finally:
+        await connection.close()
+
+
+async def status_of(client: aiohttp.ClientSession, url: str) -> int:
+    async with client.get(url) as response:
+        return response.status
+
+
+@asynccontextmanager
+async def starting(environ: Mapping[str, str]) -> AsyncIterator[asyncio.subprocess.Process]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "gateway", "serve", "--port", "0",
+        env={"PATH": os.environ["PATH"], **environ}, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 20) -> None:
+    async with asyncio.timeout(seconds):
+        while not await condition():
+            await asyncio.sleep(0.01)
+
+
+async def assert_it_stops(process: asyncio.subprocess.Process) -> None:
+    process.terminate()
+    out, err = await asyncio.wait_for(process.communicate(), 10)
+    assert (process.returncode, out) == (0, b"")
+    assert b"Traceback" not in err
+
+
+async def test_sigterm_ends_a_start_that_waits_for_the_database(database_url: str, redis_url: str) -> None:
+    holder = await asyncpg.connect(database_url)
+    try:
+        await holder.execute("select pg_advisory_lock($1)", migrations._LOCK)
+        async with starting({"DATABASE_URL": database_url, "REDIS_URL": redis_url}) as process:
+
+            async def waits() -> bool:
+                query = "select count(*) from pg_stat_activity where query like '%pg_try_advisory_lock%' and pid <> $1"
+                return bool(await holder.fetchval(query, holder.get_server_pid()))
+
+            await until(waits)
+            await assert_it_stops(process)
+    finally:
+        await holder.close()
+
+
+async def test_sigterm_ends_a_start_on_a_new_data_folder_and_leaves_no_server(tmp_path: Path) -> None:
+    async with starting({"GATEWAY_DATA_DIR": str(tmp_path)}) as process:
+
+        async def makes_a_database() -> bool:
+            return (tmp_path / "initdb.log").exists()
+
+        await until(makes_a_database)
+        await assert_it_stops(process)
+    with (tmp_path / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # every server holds it as long as it lives
+    shutil.rmtree(tmp_path)  # pytest keeps the folders of three runs
+
+
 async def test_idle_memory_and_start_on_an_existing_data_folder(tmp_path: Path, figure: Callable[[str], None]) -> None:
     """Under 70 MB without the embedded servers, ready in under 1.5 s with them."""
     environ = {"GATEWAY_DATA_DIR": str(tmp_path / "data")}
@@ -120,14 +214,13 @@ async def test_two_processes_share_keys_limits_and_usage(database_url: str, redi
         ({"GATEWAY_HEARTBEAT": "0"}, "GATEWAY_HEARTBEAT"),
         ({"OPENAI_BASE_URL": "ftp://x"}, "OPENAI_BASE_URL"),
         ({"GATEWAY_CONFIG": "/nowhere/gateway.toml"}, "GATEWAY_CONFIG"),
+        ({"DATABASE_URL": "mysql://h/x"}, "DATABASE_URL"),
+        ({"GATEWAY_DEFAULT_PROVIDER": "nosuch"}, "GATEWAY_DEFAULT_PROVIDER"),
     ],
 )
 async def test_a_wrong_setting_stops_the_start_with_one_line_that_names_it(environ: dict[str, str], words: str) -> None:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "gateway", "serve", "--port", "0",
-        env=environ, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    out, err = await asyncio.wait_for(process.communicate(), 20)
+    async with starting(environ) as process:
+        out, err = await asyncio.wait_for(process.communicate(), 20)
     assert process.returncode == 2
     assert out == b""
     assert words in err.decode()

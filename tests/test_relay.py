@@ -2,14 +2,16 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from time import monotonic
 from typing import Any
 
 import aiohttp
 import pytest
 
+from gateway import appkeys
 from gateway.protocol.chat import Chunk
 from gateway.protocol.dialects.openai import OpenAITranslator
 from tests.support.gateway import MODELS, Gateway, chat_body, read_events, running_gateway
@@ -358,6 +360,97 @@ async def test_a_silent_provider_is_a_504(gateway: Gateway, client: aiohttp.Clie
     assert [row["outcome"] for row in await gateway.rows()] == ["upstream_timeout"] * 2
 
 
+@pytest.mark.parametrize(
+    "retry_after", ["inf", "1e400", "nan", "-5", "9e15", "soon", "Fri, 31 Dec 99999999 23:59:59 GMT", "7"]
+)
+async def test_a_retry_after_that_is_nonsense_is_not_passed_on(
+    database_url: str, redis_url: str, retry_after: str
+) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 429 Slow\r\nRetry-After: {retry_after}\r\nContent-Length: 2\r\n\r\n{{}}".encode())
+        writer.close()
+
+    async with raw_provider(answer) as address:
+        async with (
+            running_gateway(database_url, redis_url, {"OPENAI_BASE_URL": address}) as gateway,
+            aiohttp.ClientSession(headers=gateway.headers) as client,
+            client.post(url(gateway), json=chat_body("gpt-4o")) as response,
+        ):
+            assert response.status == 429
+            assert 1 <= int(response.headers["Retry-After"]) <= 86_400
+
+
+@asynccontextmanager
+async def raw_provider(
+    answer: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+) -> AsyncIterator[str]:
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    finally:
+        server.close()
+
+
+EVENT = b'data: {"choices":[{"index":0,"delta":{"content":"hi"}}]}\n\n'
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"\r\n%x\r\n%s\r\nZZZ\r\nbad\r\n" % (len(EVENT), EVENT),  # a chunk size that is none
+        b"Content-Encoding: gzip\r\n\r\n5\r\nhello\r\n",  # not what it says it is
+    ],
+)
+async def test_a_body_that_breaks_http_ends_the_stream_at_once(database_url: str, redis_url: str, rest: bytes) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        head, _, tail = rest.partition(b"ZZZ")
+        writer.write(STREAM_HEAD + head)
+        await asyncio.sleep(0.2)
+        writer.write(b"ZZZ" + tail)
+        with suppress(ConnectionError):
+            await asyncio.sleep(10)
+
+    async with raw_provider(answer) as address:
+        async with (
+            running_gateway(database_url, redis_url, {"OPENAI_BASE_URL": address}) as gateway,
+            aiohttp.ClientSession(headers=gateway.headers) as client,
+        ):
+            started = monotonic()
+            async with client.post(url(gateway), json=chat_body("gpt-4o", stream=True)) as response:
+                text = await response.text()
+            assert monotonic() - started < 3
+            assert '"error"' in text
+            assert "[DONE]" not in text
+            [row] = await gateway.rows()
+            assert row["outcome"] == "upstream_error"
+
+
+async def test_a_connection_that_never_opens_is_a_504_without_a_row(database_url: str, redis_url: str) -> None:
+    with socket.socket() as listener:  # its queue is full, so that one more connection waits
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        fill = [socket.socket() for _ in range(4)]
+        for one in fill:
+            one.setblocking(False)
+            one.connect_ex(listener.getsockname())
+        times = {"GATEWAY_FIRST_BYTE_TIMEOUT": "1", "GATEWAY_TOTAL_TIMEOUT": "1"}
+        environ = {"OPENAI_BASE_URL": f"http://127.0.0.1:{listener.getsockname()[1]}/v1", **times}
+        async with (
+            running_gateway(database_url, redis_url, environ) as gateway,
+            aiohttp.ClientSession(headers=gateway.headers) as client,
+        ):
+            for stream in (True, False):
+                async with client.post(url(gateway), json=chat_body("gpt-4o", stream=stream)) as response:
+                    assert response.status == 504
+                    assert "connected" in (await response.json())["error"]["message"]
+            assert await gateway.rows() == []
+        for one in fill:
+            one.close()
+
+
 async def test_an_address_where_nobody_listens_is_a_502_without_a_row(database_url: str, redis_url: str) -> None:
     environ = {"OPENAI_BASE_URL": "http://127.0.0.1:9/v1"}
     async with (
@@ -481,6 +574,54 @@ async def test_before_the_first_heartbeat_a_slow_refusal_keeps_its_status(
     body = chat_body("anthropic/mock-claude?headers_ms=500&status=529", stream=True)
     async with client.post(url(gateway), json=body) as response:
         assert response.status == 503
+
+
+async def open_request(gateway: Gateway, body: dict[str, Any]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A request whose answer is read by hand; the kernel is asked to hold as little of it as it can."""
+    port = int(gateway.root_url.rsplit(":", 1)[1])
+    small = socket.socket()
+    small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    small.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(small, ("127.0.0.1", port))
+    reader, writer = await asyncio.open_connection(sock=small, limit=1024)
+    data = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {gateway.api_key}\r\n"
+    writer.write(f"{head}Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+    return reader, writer
+
+
+async def test_a_whole_answer_that_is_not_read_is_dropped_too(database_url: str, redis_url: str) -> None:
+    async with standing_in(
+        [b'{"choices":[],"x":"' + b"y" * 20_000_000 + b'"}'], content_type="application/json"
+    ) as provider:
+        environ = {"GATEWAY_WRITE_TIMEOUT": "1", "OPENAI_BASE_URL": f"{provider.address}/v1"}
+        async with running_gateway(database_url, redis_url, environ) as gateway:
+            reader, writer = await open_request(gateway, chat_body("gpt-4o"))
+            assert b" 200 " in await reader.readline()
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            await asyncio.sleep(0.1)
+            await until(lambda: gateway.app[appkeys.PULSE].open_exchanges == 0, seconds=8)
+            writer.close()
+            [row] = await gateway.rows()
+            assert (row["outcome"], row["error_code"]) == ("client_abort", "client_stalled")
+
+
+async def test_a_reader_that_is_slow_but_reads_gets_every_byte(database_url: str, redis_url: str) -> None:
+    body = b'{"choices":[],"x":"' + b"y" * 20_000_000 + b'"}'
+    async with standing_in([body], content_type="application/json") as provider:
+        environ = {"GATEWAY_WRITE_TIMEOUT": "0.5", "OPENAI_BASE_URL": f"{provider.address}/v1"}
+        async with running_gateway(database_url, redis_url, environ) as gateway:
+            reader, writer = await open_request(gateway, chat_body("gpt-4o"))
+            await reader.readuntil(b"\r\n\r\n")
+            started, received = monotonic(), 0
+            while received < len(body):
+                data = await reader.read(1 << 17)
+                assert data, f"dropped after {received} bytes"
+                received += len(data)
+                if monotonic() - started < 3:
+                    await asyncio.sleep(0.02)
+            writer.close()
+            assert received == len(body)
 
 
 async def test_a_reader_that_stops_is_dropped_and_others_go_on(database_url: str, redis_url: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.settings import SECRETS, Settings, SettingsError, describe, load_routes, load_settings
+from gateway.settings import SECRETS, Settings, SettingsError, change, describe, load_routes, load_settings
 
 pytestmark = pytest.mark.unit
 
@@ -59,12 +59,86 @@ def test_an_empty_value_is_as_good_as_none() -> None:
         ("GATEWAY_MAX_BODY", "1.5"),
         ("GATEWAY_OWN_CREDENTIAL", "perhaps"),
         ("GATEWAY_NO_SUCH_THING", "1"),
+        ("GATEWAY_HEARTBEAT", "inf"),
+        ("GATEWAY_HEARTBEAT", "nan"),
+        ("GATEWAY_DRAIN_DELAY", "inf"),
+        ("GATEWAY_DRAIN_DELAY", "110.5"),
     ],
 )
 def test_a_wrong_setting_is_named_in_one_line(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=name) as refused:
         load_settings({name: value})
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DATABASE_URL", "mysql://h/hunter22"),
+        ("DATABASE_URL", "hunter22"),
+        ("DATABASE_URL", "postgresql://u@h:hunter22/x"),
+        ("DATABASE_URL", "postgresql://u@h:5432,h2:hunter22/x"),
+        ("DATABASE_URL", "postgresql://u@h:0/x"),
+        ("DATABASE_URL", "postgresql://u@/x?host=h:hunter22"),
+        ("DATABASE_URL", "postgresql://u@h/x?port=hunter22"),
+        ("DATABASE_URL", "postgresql://u@h/x?hunter22"),
+        ("DATABASE_URL", "postgresql://u:hunter@22@h/x"),
+        ("DATABASE_URL", "postgresql://u:hunter/22@h/x"),
+        ("DATABASE_URL", "postgresql://u:hunter22@[::1/x"),
+        ("REDIS_URL", "localhost:6379"),
+        ("REDIS_URL", "redis://h:hunter22"),
+        ("REDIS_URL", "redis://h:99999"),
+        ("REDIS_URL", "redis://:hunter@22@h"),
+        ("REDIS_URL", "redis://:22/hunter@h"),
+        ("REDIS_URL", "redis://[::1"),
+        ("OPENAI_BASE_URL", "http://[::1/v1"),
+        ("OPENAI_BASE_URL", "http://h:99999"),
+        ("ANTHROPIC_BASE_URL", "http://h:hunter22"),
+        ("OLLAMA_BASE_URL", "http://:hunter22@h"),
+        ("GATEWAY_OLLAMA_PROBE", "localhost:11434"),
+    ],
+)
+def test_an_address_that_cannot_be_one_is_named_and_not_repeated(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{name}: ") as refused:
+        load_settings({name: value})
+    assert "hunter" not in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DATABASE_URL", "postgres://u:p%40w@db.example.org/x?sslmode=require"),
+        ("DATABASE_URL", "postgresql://postgres@/postgres?host=/tmp/aig-x"),
+        ("DATABASE_URL", "postgresql://u@h1:5432,h2:5433,[::1]:5434/x?target_session_attrs=primary"),
+        ("DATABASE_URL", "postgresql:///x"),
+        ("REDIS_URL", "redis://:p%40w@h:6379/15"),
+        ("REDIS_URL", "rediss://[::1]:6379"),
+        ("REDIS_URL", "unix:///tmp/valkey.sock?db=3"),
+        ("OPENAI_BASE_URL", "http://[::1]:8100/v1"),
+    ],
+)
+def test_addresses_of_every_usual_form_are_taken(name: str, value: str) -> None:
+    assert getattr(load_settings({name: value}), name.lower()) == value
+
+
+def test_what_the_command_line_changes_is_checked_like_the_environment() -> None:
+    settings = load_settings({"LOG_LEVEL": "debug"})
+    changed = change(settings, {"host": "::1", "port": "8080"})
+    assert (changed.host, changed.port, changed.log_level) == ("::1", 8080, "debug")
+    for port in ("99999", "many", "-1"):
+        with pytest.raises(SettingsError, match=r"^PORT: "):
+            change(settings, {"port": port})
+
+
+def test_the_repr_shows_settings_and_no_secret() -> None:
+    secrets = {name.upper(): "hunter22" for name in SECRETS}
+    secrets |= {"DATABASE_URL": "postgresql://u:hunter22@h/x", "REDIS_URL": "redis://:hunter22@h"}
+    shown = repr(load_settings({**secrets, "PORT": "8080"}))
+    assert "hunter22" not in shown
+    assert "port=8080" in shown
+    assert "openai_api_key='***'" in shown
+    assert "openai_api_key=''" in repr(load_settings({})), "whether there is one is worth knowing"
 
 
 def test_what_make_up_writes_for_scripts_may_be_in_the_environment() -> None:
@@ -115,6 +189,27 @@ def test_an_address_that_is_none_stops_the_start(address: str) -> None:
         load_routes(load_settings(environ), environ)
 
 
+def test_ollama_is_looked_for_where_the_setting_says_unless_the_operator_gave_its_address(tmp_path: Path) -> None:
+    def ollama(**environ: str) -> tuple[str, bool]:
+        provider = load_routes(load_settings(environ), environ).providers["ollama"]
+        return provider.base_url, provider.enabled
+
+    probe = {"GATEWAY_OLLAMA_PROBE": "http://elsewhere:11434/"}
+    assert ollama() == ("http://localhost:11434", False)
+    assert ollama(**probe) == ("http://elsewhere:11434", False)
+    assert ollama(**probe, OLLAMA_BASE_URL="http://given:1") == ("http://given:1", True)
+    own = operators_file(tmp_path, '[providers.ollama]\ndialect = "ollama"\nbase_url = "http://own:1"\n')
+    assert ollama(**probe, **own) == ("http://own:1", False)
+
+
+def test_an_operators_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.toml"
+    path.write_bytes(b"\xff\xfe")
+    environ = {"GATEWAY_CONFIG": str(path)}
+    with pytest.raises(SettingsError, match=r"^GATEWAY_CONFIG: .*gateway\.toml is not UTF-8"):
+        load_routes(load_settings(environ), environ)
+
+
 def operators_file(tmp_path: Path, text: str) -> dict[str, str]:
     path = tmp_path / "gateway.toml"
     path.write_text(text)
@@ -137,6 +232,7 @@ def test_the_readmes_example_of_another_provider_works(tmp_path: Path) -> None:
         ("[providers.x]\n", "base_url"),
         ('[providers.x]\nbase_url = "http://h"\ndialekt = "openai"\n', "dialekt"),
         ('[providers.x]\nbase_url = "nowhere"\n', "providers.x.base_url"),
+        ('[providers.x]\nbase_url = "http://h:99999"\n', "providers.x.base_url"),
         ("[aliases]\nfast = 1\n", "aliases"),
         ('[aliases]\nfast = "fast"\n', "aliases.fast"),
         ("[providers\n", "line 1"),

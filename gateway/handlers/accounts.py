@@ -13,9 +13,9 @@ import orjson
 from aiohttp import web
 
 from gateway.appkeys import ACCOUNTS, KEYS, SETTINGS
-from gateway.body import read_body
+from gateway.body import leave_expectation, read_body
 from gateway.exchange import Principal
-from gateway.identity import find_key, identify
+from gateway.identity import find_key, identify, tenant
 from gateway.protocol.checks import MAX_MODEL
 from gateway.protocol.errors import (
     InvalidRequest,
@@ -36,11 +36,11 @@ _KEY_PATH = "/auth/keys/{id:[0-9A-Za-z]{1,64}}"  # any other text is no id, and 
 
 def routes() -> list[web.RouteDef]:
     return [
-        web.post("/auth/register", register),
-        web.post("/auth/keys", create_key),
+        web.post("/auth/register", register, expect_handler=leave_expectation),
+        web.post("/auth/keys", create_key, expect_handler=leave_expectation),
         web.get("/auth/keys", list_keys),
         web.get(_KEY_PATH, show_key),
-        web.patch(_KEY_PATH, change_key),
+        web.patch(_KEY_PATH, change_key, expect_handler=leave_expectation),
         web.delete(_KEY_PATH, revoke_key),
     ]
 
@@ -52,7 +52,9 @@ async def register(request: web.Request) -> web.Response:
     fields = await _read_fields(request, {"email": _text, "password": _text}, required=("email", "password"))
     registration = request.config_dict[SETTINGS].gateway_registration
     accounts = request.config_dict[ACCOUNTS]
-    account = await accounts.register(fields["email"], fields["password"], registration=registration)
+    account = await accounts.register(
+        fields["email"], fields["password"], registration=registration, address=request.remote or ""
+    )
     message = "Account created: the first one, so it is the admin." if account.role == "admin" else "Account created."
     return _answer({"user_id": account.id, "message": message}, status=201)
 
@@ -84,13 +86,13 @@ async def create_key(request: web.Request) -> web.Response:
 
 async def list_keys(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
-    keys = await request.config_dict[KEYS].list(_tenant(principal))
+    keys = await request.config_dict[KEYS].list(tenant(principal))
     return _answer({"keys": [_shown(key) for key in keys]})
 
 
 async def show_key(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
-    key = await request.config_dict[KEYS].get(request.match_info["id"], _tenant(principal))
+    key = await request.config_dict[KEYS].get(request.match_info["id"], tenant(principal))
     return _answer(_shown(key))
 
 
@@ -100,20 +102,15 @@ async def change_key(request: web.Request) -> web.Response:
     limits = {name: fields[name] for name in _LIMIT_FIELDS if name in fields}
     _grant_of(principal, request.config_dict[SETTINGS]).check(limits)
     changes = KeyChanges(name=fields.get("key_name"), **limits)
-    key = await request.config_dict[KEYS].change(request.match_info["id"], _tenant(principal), changes)
+    key = await request.config_dict[KEYS].change(request.match_info["id"], tenant(principal), changes)
     return _answer(_shown(key))
 
 
 async def revoke_key(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
     key_id = request.match_info["id"]
-    await request.config_dict[KEYS].revoke(key_id, _tenant(principal))
+    await request.config_dict[KEYS].revoke(key_id, tenant(principal))
     return _answer({"id": key_id, "revoked": True})
-
-
-def _tenant(principal: Principal) -> str | None:
-    """Whose keys there are for this caller; None: everybody's."""
-    return None if principal.role == "admin" else principal.account_id
 
 
 def _shown(key: Key) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from aiohttp import web
 
 from gateway.appkeys import CATALOGUE, EXCHANGE
+from gateway.body import leave_expectation
 from gateway.relay import relay
 
 
 def routes() -> list[web.RouteDef]:
-    return [web.post("/chat/completions", complete)]
+    return [web.post("/chat/completions", complete, expect_handler=leave_expectation)]
 
 
 async def complete(request: web.Request) -> web.StreamResponse:

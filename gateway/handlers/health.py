@@ -1,5 +1,6 @@
 """Is it up, can it serve, what does it depend on; and the metrics."""
 
+import asyncio
 from time import monotonic
 
 import orjson
@@ -47,7 +48,7 @@ async def report(request: web.Request) -> web.Response:
         "dependencies": {"postgres": postgres, "redis": "up" if app[LIMITER].state == "redis" else "down"},
         "limiter": app[LIMITER].state,
         "usage_rows_waiting": app[USAGE].queued,
-        "open_streams": app[PULSE].open_streams,
+        "open_exchanges": app[PULSE].open_exchanges,
         "providers": {
             name: {"enabled": provider.enabled, "reachable": catalogue.reachable.get(name)}
             for name, provider in catalogue.routes.providers.items()
@@ -66,7 +67,5 @@ async def _postgres(pool: Pool) -> str:
 
 
 async def metrics(request: web.Request) -> web.Response:
-    return web.Response(
-        body=request.config_dict[METRICS].render(),
-        headers={"Content-Type": CONTENT_TYPE},
-    )
+    page = await asyncio.to_thread(request.config_dict[METRICS].render)
+    return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE})

@@ -1,11 +1,13 @@
 """GET /v1/models and /v1/models/{id}: what this key may ask for, merged over providers."""
 
+from typing import Any
+
 import orjson
 from aiohttp import web
 
 from gateway.appkeys import CATALOGUE, EXCHANGE
+from gateway.client import encode_json
 from gateway.protocol.errors import ModelNotFound
-from gateway.relay import json_response
 
 
 def routes() -> list[web.RouteDef]:
@@ -15,15 +17,20 @@ def routes() -> list[web.RouteDef]:
 
 async def list_models(request: web.Request) -> web.Response:
     models = request.config_dict[CATALOGUE].models(_allowed(request))
-    return json_response(request, orjson.dumps({"object": "list", "data": [model.object() for model in models]}))
+    return await _answer(request, {"object": "list", "data": [model.object() for model in models]})
 
 
 async def show_model(request: web.Request) -> web.Response:
     asked = request.match_info["id"]
     for model in request.config_dict[CATALOGUE].models(_allowed(request)):
         if model.id == asked:
-            return json_response(request, orjson.dumps(model.object()))
+            return await _answer(request, model.object())
     raise ModelNotFound(f"the model {asked[:128]!r} does not exist here, or this key may not use it", param="model")
+
+
+async def _answer(request: web.Request, content: dict[str, Any]) -> web.Response:
+    body, headers = await encode_json(request, orjson.dumps(content))
+    return web.Response(body=body, headers=headers)
 
 
 def _allowed(request: web.Request) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import io
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NoReturn
 from uuid import UUID
 
@@ -14,26 +15,26 @@ from aiohttp import web
 
 from gateway.appkeys import POOL, USAGE
 from gateway.exchange import Principal
-from gateway.identity import identify
+from gateway.identity import MAX_LABEL, identify, tenant
 from gateway.protocol.checks import MAX_MODEL
 from gateway.protocol.errors import InvalidRequest
-from gateway.stores.stats import GROUP_BY, RANGES, Figures, Scope, read_rows, read_stats
+from gateway.stores.stats import GROUP_BY, RANGES, Figures, Scope, Turns, read_rows, read_stats
 from gateway.stores.tokens import prefix_of
 from gateway.stores.usage import UsageRow
 
 MAX_ROWS = 1000  # of one page
 DEFAULT_ROWS = 100
-MAX_LABEL = 128  # characters of X-User-Id and X-App-Id
 FORMATS = ("json", "csv")
 
 _FILTERS = frozenset({"range", "user", "app", "model"})
 
 
 def routes() -> list[web.RouteDef]:
-    return [web.get("/api/stats", stats), web.get("/api/usage", usage)]
+    turns = Turns()  # of one application, taken by both routes; there is nothing to close
+    return [web.get("/api/stats", partial(stats, turns)), web.get("/api/usage", partial(usage, turns))]
 
 
-async def stats(request: web.Request) -> web.Response:
+async def stats(turns: Turns, request: web.Request) -> web.Response:
     """Totals of a range and of the last hour, top models, and groups.
 
     Rows that are still `queued` in this process are in no figure; `as_of` is the moment that all figures are of.
@@ -42,7 +43,8 @@ async def stats(request: web.Request) -> web.Response:
     query = _query(request, _FILTERS | {"group_by"})
     group_by = _choice(query, "group_by", GROUP_BY, "")
     scope = _scope(principal, query, default_range="24h")
-    found = await read_stats(request.config_dict[POOL], scope, group_by or None)
+    async with turns.take(principal.account_id):
+        found = await read_stats(request.config_dict[POOL], scope, group_by or None)
     body: dict[str, Any] = {
         "range": scope.range,
         "as_of": found.as_of,
@@ -58,14 +60,15 @@ async def stats(request: web.Request) -> web.Response:
     return _json(body)
 
 
-async def usage(request: web.Request) -> web.Response:
+async def usage(turns: Turns, request: web.Request) -> web.Response:
     """A page of rows, newest first; the next page begins at `next_cursor` (CSV: the header `X-Next-Cursor`)."""
     principal, _ = await identify(request)
     query = _query(request, _FILTERS | {"limit", "cursor", "format"})
     form = _choice(query, "format", FORMATS, "json")
     limit, cursor = _limit(query), _cursor(query)
     scope = _scope(principal, query, default_range="all")
-    found = await read_rows(request.config_dict[POOL], scope, cursor, limit + 1)
+    async with turns.take(principal.account_id):
+        found = await read_rows(request.config_dict[POOL], scope, cursor, limit + 1)
     page, more = found[:limit], len(found) > limit
     next_cursor = page[-1].request_id if more else None
     # A thousand rows are five milliseconds of work as JSON and twenty as CSV: streams would feel it.
@@ -91,7 +94,7 @@ def _query(request: web.Request, known: Collection[str]) -> Mapping[str, str]:
 
 def _scope(principal: Principal, query: Mapping[str, str], *, default_range: str) -> Scope:
     return Scope(
-        account_id=None if principal.role == "admin" else principal.account_id,
+        account_id=tenant(principal),
         range=_choice(query, "range", RANGES, default_range),
         user=_text(query, "user", MAX_LABEL),
         app=_text(query, "app", MAX_LABEL),

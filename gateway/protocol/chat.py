@@ -12,6 +12,9 @@ from gateway.protocol.json_object import parse_object
 from gateway.protocol.routing import Target
 from gateway.protocol.usage import Usage
 
+# Bytes of a body whose reading or translation takes about a millisecond: a larger one leaves the event loop for it.
+PARSE_HERE = 1 << 17
+
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:

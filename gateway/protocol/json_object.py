@@ -11,8 +11,13 @@ from gateway.protocol.errors import InvalidJSON
 MAX_DEPTH = 64  # of nested JSON; deeper than any tool schema seen, far below what breaks a parser
 
 
+MAX_CONTAINERS = 1_000_000  # arrays and objects, by their brackets; a body of nothing else costs 200 bytes for each
+
+
 def parse_object(body: bytes) -> dict[str, Any]:
     """The JSON object in `body`, in which every parser reads the same: no duplicate keys, NaN or lone surrogates."""
+    if len(body) > MAX_CONTAINERS and body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
+        raise InvalidJSON(f"the request body has more than {MAX_CONTAINERS} brackets")
     try:
         parsed = orjson.loads(body)
     except orjson.JSONDecodeError as error:

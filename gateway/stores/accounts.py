@@ -18,7 +18,7 @@ from gateway.protocol.errors import (
     RateLimited,
     Unauthenticated,
 )
-from gateway.stores.failures import Failures
+from gateway.stores.attempts import Attempts
 from gateway.stores.passwords import PASSWORD_HASHER, HashingPool, check_password, decoy, matches
 from gateway.stores.postgres import COMMAND_TIMEOUT, Pool, connection
 
@@ -26,7 +26,12 @@ Role = Literal["admin", "member"]
 Registration = Literal["open", "closed"]
 
 MAX_EMAIL = 254  # characters, RFC 5321 4.5.3.1.3 without the brackets
-FAILURES_PER_MINUTE = 5  # of log-ins, for one account and for one address
+FAILURES_PER_MINUTE = 5  # of log-ins to one account: this is what stops guessing
+# An address may be an office, and behind a load balancer it is the balancer's, so everybody's: a few wrong passwords
+# must not lock all the others out. This only slows down who tries one password on many accounts.
+FAILURES_PER_ADDRESS = 30  # of log-ins, a minute
+# Whoever registers needs no account, and has us hash for a fifth of a second.
+REGISTRATIONS_PER_ADDRESS = 30  # a minute, refused ones too
 
 # What browsers take for an address: https://html.spec.whatwg.org/multipage/input.html#valid-e-mail-address
 _LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
@@ -42,44 +47,63 @@ class Account:
 
 
 class AccountStore:
-    def __init__(self, pool: Pool, *, hashing: HashingPool | None = None) -> None:
+    def __init__(self, pool: Pool, *, hashing: HashingPool) -> None:
         self._pool = pool
-        self._hashing = hashing or HashingPool()
+        self._hashing = hashing
         self._decoy = decoy(PASSWORD_HASHER)
-        self._failures = Failures(FAILURES_PER_MINUTE)  # by `account …` and `address …`
+        self._failures = Attempts(FAILURES_PER_MINUTE)  # by email
+        self._failures_from = Attempts(FAILURES_PER_ADDRESS)  # by address
+        self._registrations_from = Attempts(REGISTRATIONS_PER_ADDRESS)  # by address
 
-    async def register(self, email: str, password: str, *, registration: Registration) -> Account:
-        """A new account. Raises Conflict for a known email; PermissionDenied when closed, but for the first one."""
+    async def register(self, email: str, password: str, *, registration: Registration, address: str = "") -> Account:
+        """A new account. `address` is where its owner came from; an empty one is not limited.
+
+        Raises Conflict for a known email; PermissionDenied when closed, but for the first one; RateLimited after ten
+        attempts from the address in a minute.
+        """
         email = normal_email(email)
         check_password(password)
         if registration == "closed" and await _any_account(self._pool):
             raise _closed()  # before the hash: nobody makes us work for a no
-        phc = await self._hashing.submit(lambda: PASSWORD_HASHER.hash(password))
+        phc = await self._hash(password, address)
         return await _insert(self._pool, email, phc, registration)
+
+    async def _hash(self, password: str, address: str) -> str:
+        wait = self._registrations_from.wait(address)
+        if wait:
+            raise RateLimited(
+                "too many registrations from this address; wait a minute",
+                code="too_many_registrations",
+                retry_after=wait,
+            )
+        work = self._hashing.submit(lambda: PASSWORD_HASHER.hash(password))
+        if address:
+            self._registrations_from.add(address)  # not before: whom a full queue sent away cost us nothing
+        return await work
 
     async def login(self, email: str, password: str, *, address: str = "") -> Account:
         """Whose email and password these are. `address` is where they came from.
 
         Raises Unauthenticated (`invalid_credentials`), after the same time and work for a known and an unknown email;
-        RateLimited after five failures in a minute, of the account or from the address.
+        RateLimited after five failures of the account in a minute, or thirty from the address.
         """
         email = normal_email(email)
         check_password(password)
-        names = [f"account {email}", *([f"address {address}"] if address else [])]
-        self._check_failures(names)
+        self._check_failures(email, address)
         found = await _read_by_email(self._pool, email)
         account, phc = found if found is not None else (None, self._decoy)
         right = await self._hashing.submit(lambda: matches(PASSWORD_HASHER, phc, password))
-        # Again, since guesses may come all at once: after the fifth failure no answer says whether one was right.
-        self._check_failures(names)
+        # Again, since guesses may come all at once: after the last failure no answer says whether one was right.
+        self._check_failures(email, address)
         if account is None or not right:
-            for name in names:
-                self._failures.add(name)
+            self._failures.add(email)
+            if address:
+                self._failures_from.add(address)
             raise Unauthenticated("wrong email or password", code="invalid_credentials")
         return account
 
-    def _check_failures(self, names: Sequence[str]) -> None:
-        wait = max(self._failures.wait(name) for name in names)
+    def _check_failures(self, email: str, address: str) -> None:
+        wait = max(self._failures.wait(email), self._failures_from.wait(address))
         if wait:
             raise RateLimited("too many failed log-ins; wait a minute", code="too_many_failures", retry_after=wait)
 

@@ -4,7 +4,7 @@
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple, NoReturn
@@ -12,7 +12,7 @@ from typing import NamedTuple, NoReturn
 import asyncpg
 
 from gateway.exchange import Principal
-from gateway.protocol.errors import NotFound
+from gateway.protocol.errors import NotFound, Unavailable
 from gateway.stores.postgres import COMMAND_TIMEOUT, HOT_ACQUIRE_TIMEOUT, HOT_COMMAND_TIMEOUT, Pool, connection
 from gateway.stores.tokens import prefix_of
 
@@ -85,10 +85,13 @@ class ProofReader:
 
     A connection for each was what a crowd of wrong keys used up: a good key behind 120 of them waited longer than
     HOT_ACQUIRE_TIMEOUT, and so did everybody else who wanted the database.
+
+    `on_error()` hears of every statement that failed because Postgres is gone, once, however many wait for it.
     """
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, *, on_error: Callable[[], None] = lambda: None) -> None:
         self._pool = pool
+        self._on_error = on_error
         self._waiting: dict[str, list[asyncio.Future[Proofs | None]]] = {}
         self._work: asyncio.Task[None] | None = None  # ends by itself, within the time-outs, when nobody waits
 
@@ -112,6 +115,8 @@ class ProofReader:
         try:
             found = await read_proofs(self._pool, list(asked))
         except Exception as error:  # whatever it is, it is for those who asked
+            if isinstance(error, Unavailable):
+                self._on_error()
             # Those who came meanwhile have waited as well: none of them waits for two time-outs.
             late, self._waiting = self._waiting, {}
             for answer in (answer for answers in (*asked.values(), *late.values()) for answer in answers):

@@ -29,7 +29,7 @@ from redis.exceptions import RedisError
 from gateway.exchange import Principal
 from gateway.protocol.errors import Unauthenticated, Unavailable
 from gateway.stores import key_rows
-from gateway.stores.failures import Failures
+from gateway.stores.attempts import Attempts
 from gateway.stores.key_rows import Key, KeyChanges, Proofs
 from gateway.stores.passwords import KEY_HASHER, HashingPool, matches
 from gateway.stores.postgres import COMMAND_TIMEOUT, Pool, connection
@@ -69,6 +69,11 @@ class _Verified:
 
 
 class KeyStore:
+    """Keys of all accounts. Whoever made `pool`, `redis` and `hashing` closes them.
+
+    `on_error()` hears of every look-up that failed because Postgres is gone. It must not raise.
+    """
+
     def __init__(
         self,
         pool: Pool,
@@ -77,16 +82,17 @@ class KeyStore:
         pepper: bytes,
         cache_seconds: float,
         stale_seconds: float,
-        hashing: HashingPool | None = None,
+        hashing: HashingPool,
         clock: Callable[[], float] = time.monotonic,
+        on_error: Callable[[], None] = lambda: None,
     ) -> None:
         self._pool = pool
-        self._reader = key_rows.ProofReader(pool)
+        self._reader = key_rows.ProofReader(pool, on_error=on_error)
         self._redis = redis
         self._pepper = pepper
         self._cache_seconds = cache_seconds
         self._stale_seconds = max(stale_seconds, cache_seconds)
-        self._hashing = hashing or HashingPool()
+        self._hashing = hashing
         self._clock = clock
         self._nothing = secrets.token_bytes(32)  # the digest of unknown ids
         # By SHA-256 of the whole token: by a part of it, one key would answer for another.
@@ -95,7 +101,7 @@ class KeyStore:
         self._proving: dict[bytes, asyncio.Future[bool]] = {}  # Argon2id in progress
         self._places: dict[str, bytes] = {}  # key id -> its place in _verified
         self._changes = 0  # heard of; a row that was asked for before the last one may be out of date
-        self.failures = Failures(FAILURES_PER_MINUTE, clock=clock)  # by address; gateway.identity writes and reads it
+        self.failures = Attempts(FAILURES_PER_MINUTE, clock=clock)  # by address; gateway.identity writes and reads it
 
     # --- who is it ------------------------------------------------------------------------------------------------
 

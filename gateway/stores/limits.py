@@ -107,8 +107,8 @@ def _kind(error: BaseException) -> str:
 class Limiter:
     """One a process. `app.py` opens it, awaits `run` in a task of its own, and closes it before its client `redis`.
 
-    `nodes` is how many processes share the limits; `window` and `lease` are seconds. The hooks are called on the loop
-    and must not raise: `on_error` with the kind of a failed round trip, `on_state` with the state when it changes.
+    `nodes` is how many processes share the limits; `window` and `lease` are seconds. `on_error` hears the kind of every
+    round trip that failed; it is called on the loop and must not raise.
     """
 
     def __init__(
@@ -122,7 +122,6 @@ class Limiter:
         lease: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
         on_error: Callable[[str], None] = lambda kind: None,
-        on_state: Callable[[State], None] = lambda state: None,
     ) -> None:
         self._redis = redis
         self._all_limit = global_per_minute
@@ -132,7 +131,6 @@ class Limiter:
         self._lease = lease
         self._clock = clock
         self._on_error = on_error
-        self._on_state = on_state
         self._grants = Grants(window, global_per_minute)
         self._queue: deque[_Operation] = deque()  # not sent yet; without Redis, leases to release once it is back
         self._due: deque[str] = deque()  # exchange ids whose leases are to be renewed
@@ -322,7 +320,6 @@ class Limiter:
             self._lost.set()
             self._lost_at, self._pause = now, FIRST_PAUSE
             log.warning("Redis is gone (%s), limits are %s", _kind(error), self.state)
-            self._on_state(self.state)
         operations = [*sent, *self._queue]
         self._queue = deque(operation for operation in operations if operation.name == "release")
         self._due.clear()
@@ -351,7 +348,6 @@ class Limiter:
             # A restart may have lost its memory: `run` goes on by renewing all leases.
             self._lost.clear()
             log.info("Redis is back after %.1f s", self._clock() - self._lost_at)
-            self._on_state(self.state)
 
 
 def _expire(deadline: asyncio.Timeout) -> None:

@@ -7,19 +7,23 @@ alone: during a rolling deploy an older process starts beside a newer one.
 
 import asyncio
 import re
+from contextlib import suppress
 from pathlib import Path
+from time import monotonic
 from typing import NamedTuple
 
 import asyncpg
 
 _LOCK = 0x6169675F6D696772  # "aig_migr": the advisory lock of whoever migrates
+_PATIENCE = 60.0  # seconds for somebody else's migrations; a start that hangs for ever is never started again
 _POLL = 0.05  # seconds
+_CLOSE = 5.0  # seconds for an orderly end of the connection
 
 _UP = re.compile(r"^--\s*migrate:up(?P<options>[^\n]*)$(?P<sql>.*?)(?=^--\s*migrate:down|\Z)", re.MULTILINE | re.DOTALL)
 
 
 class MigrationError(Exception):
-    """A file that cannot be understood, or the statement of one that the database refused."""
+    """A file that cannot be understood, the statement of one that the database refused, or a lock that never came."""
 
 
 class Migration(NamedTuple):
@@ -37,13 +41,17 @@ async def migrate(database_url: str, folder: Path | None = None) -> list[str]:
         await _lock(connection)
         return [migration.name for migration in await _apply_missing(connection, migrations)]
     finally:
-        await connection.close()  # and with it the lock
+        with suppress(TimeoutError):  # then it was cut, which is enough
+            await connection.close(timeout=_CLOSE)  # and with it the lock
 
 
 async def _lock(connection: asyncpg.Connection) -> None:
     """Polls, because a session that waits inside Postgres holds a snapshot, and CREATE INDEX CONCURRENTLY of the one
-    that has the lock would wait for it in turn."""
-    while not await connection.fetchval("select pg_try_advisory_lock($1)", _LOCK):  # noqa: ASYNC110 - as said
+    that has the lock would wait for it in turn. Raises MigrationError after _PATIENCE."""
+    deadline = monotonic() + _PATIENCE
+    while not await connection.fetchval("select pg_try_advisory_lock($1)", _LOCK):
+        if monotonic() > deadline:
+            raise MigrationError(f"another process has been migrating this database for {_PATIENCE:g} s")
         await asyncio.sleep(_POLL)
 
 

@@ -1,7 +1,8 @@
-"""Argon2id off the event loop: the pool that all hashing goes through, and the rules for passwords.
+"""Argon2id off the event loop: the pools that all hashing goes through, and the rules for passwords.
 
-One hash takes 20 to 200 ms of a core and up to 64 MiB. The pool bounds both: as many threads as cores, a short queue,
-and beyond it a 503 at once, so that a flood of log-ins costs neither memory nor the latency of the streams.
+One hash takes 20 to 200 ms of a core and up to 64 MiB. A pool bounds both: as many threads as cores, a short queue,
+and beyond it a 503 at once, so that a flood of log-ins costs neither memory nor the latency of the streams. Keys and
+passwords have a pool each: anybody may send passwords, and a queue full of them must not be in a good key's way.
 """
 
 import asyncio
@@ -40,7 +41,7 @@ class HashingPool:
     def submit(self, work: Callable[[], T]) -> asyncio.Future[T]:
         """Starts `work` in a thread, or queues it. Raises Unavailable when the queue is full."""
         if not self._room.acquire(blocking=False):
-            raise Unavailable("too many keys and passwords are being checked", code="hashing_busy", retry_after=1)
+            raise Unavailable("too many secrets are being checked now", code="hashing_busy", retry_after=1)
         job = self._executor.submit(work)
         # Counted until the thread is done with it: a client that leaves cancels its wait, not the work.
         job.add_done_callback(lambda _: self._room.release())

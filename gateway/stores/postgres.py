@@ -1,4 +1,7 @@
-"""How every store borrows a connection, and the one place where asyncpg's errors become ours."""
+"""How every store borrows a connection, and the one place where an outage of Postgres becomes an error of ours.
+
+What a constraint refuses is no outage: it is read beside the statement that it refused, which knows what it means.
+"""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -31,10 +34,13 @@ _GONE = (
     pg.InvalidCatalogNameError,  # class 3D: no such database, so none that is ours
     pg.TransactionRollbackError,  # class 40: serialization, deadlock
     pg.InsufficientResourcesError,  # class 53: disk full, out of memory, too many connections
+    pg.ObjectNotInPrerequisiteStateError,  # class 55: the database takes no connections now, a lock was not to be had
     pg.OperatorInterventionError,  # class 57: shutting down, starting up, statement_timeout
     pg.PostgresIOError,  # class 58
     pg.ReadOnlySQLTransactionError,  # a primary that has just become a standby
-    asyncpg.TargetServerAttributeNotMatched,  # no primary among the hosts, in the middle of a fail-over
+    # No primary among the hosts, in the middle of a fail-over; and what asyncpg says of itself when a connection was
+    # ended between two of its steps (https://github.com/MagicStack/asyncpg/issues/1069).
+    asyncpg.InternalClientError,
 )
 
 
@@ -71,7 +77,8 @@ async def connection(pool: Pool, wait: float = ACQUIRE_TIMEOUT) -> AsyncIterator
         try:
             yield borrowed
         except TimeoutError:
-            borrowed.terminate()  # its server does not answer: asking it to cancel would wait again
+            with suppress(asyncpg.InterfaceError):  # it was lost meanwhile, and its pool has it back
+                borrowed.terminate()  # its server does not answer: asking it to cancel would wait again
             raise
         finally:
             # A connection that cannot be reset is closed by its pool; the answer that we have stays good.

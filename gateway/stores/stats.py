@@ -3,13 +3,20 @@
 Rule: every question names its tenant as a parameter of the SQL (`Scope.account_id`).
 """
 
-from dataclasses import dataclass
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from weakref import WeakValueDictionary
 
+from gateway.protocol.errors import Unavailable
 from gateway.stores.postgres import Connection, Pool, connection
 from gateway.stores.usage import UsageRow
 
 QUERY_TIMEOUT = 5.0  # seconds for one statement of a question
+MAX_QUESTIONS = 2  # at once: a small part of the pool, whose other connections look up keys and write usage
+TURN_TIMEOUT = 1.0  # seconds to wait for one's turn
 MAX_GROUPS = 1000
 TOP_MODELS = 10
 
@@ -65,6 +72,37 @@ class Stats:
     more_groups: bool
 
 
+# --- who may ask now ----------------------------------------------------------------------------------------------
+
+
+class Turns:
+    """Who may ask a question now: one of an account, and MAX_QUESTIONS in all.
+
+    A question may read the whole table, for seconds: without turns, one member who asks forty at once takes all
+    connections of the pool, and nobody's key can be looked up.
+    """
+
+    def __init__(self) -> None:
+        self._all = asyncio.Semaphore(MAX_QUESTIONS)
+        # By account, so that one in a hurry does not fill the queue. Each lives while somebody holds or awaits it.
+        self._own: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    @asynccontextmanager
+    async def take(self, account_id: str) -> AsyncIterator[None]:
+        """The turn of an account, for the time of the block. Raises Unavailable when it does not come soon."""
+        own = self._own.setdefault(account_id, asyncio.Lock())
+        async with AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(TURN_TIMEOUT):
+                    await held.enter_async_context(own)
+                    await held.enter_async_context(self._all)
+            except TimeoutError:
+                raise Unavailable(
+                    "too many questions about usage are being answered", code="stats_busy", retry_after=1
+                ) from None
+            yield
+
+
 # --- figures ------------------------------------------------------------------------------------------------------
 
 
@@ -73,11 +111,8 @@ async def read_stats(pool: Pool, scope: Scope, group_by: str | None = None) -> S
 
     Raises Unavailable.
     """
-    hour = Scope(scope.account_id, "1h", scope.user, scope.app, scope.model)
-    async with (
-        connection(pool) as reader,
-        reader.transaction(isolation="repeatable_read", readonly=True),
-    ):
+    hour = replace(scope, range="1h")
+    async with connection(pool) as reader, reader.transaction(isolation="repeatable_read", readonly=True):
         as_of = await reader.fetchval("select now()", timeout=QUERY_TIMEOUT)
         totals = await _figures(reader, scope, "", 1)
         last_hour = await _figures(reader, hour, "", 1)

@@ -19,7 +19,7 @@ from time import monotonic
 import asyncpg
 
 from gateway.exchange import Exchange
-from gateway.stores.postgres import Pool
+from gateway.stores.postgres import Pool, connection
 
 log = logging.getLogger("gateway.stores.usage")
 
@@ -249,9 +249,10 @@ class UsageStore:
         self._on_error()
         if not self._gone:
             self._gone = True
+            cause = error.__cause__ or error  # what asyncpg said of an outage
             # Only the first line: what follows may quote values.
-            reason = str(error).partition("\n")[0]
-            log.error("usage rows cannot be written, %d queued: %s: %s", len(self._queue), type(error).__name__, reason)
+            reason = str(cause).partition("\n")[0]
+            log.error("usage rows cannot be written, %d queued: %s: %s", len(self._queue), type(cause).__name__, reason)
 
     def _taken(self, count: int) -> None:
         for _ in range(count):
@@ -294,15 +295,9 @@ _VALUES = attrgetter(*(field.name for field in fields(UsageRow)))
 async def _insert(pool: Pool, rows: list[UsageRow]) -> None:
     """Rows that are there already stay as they are. Raises RowError; after any other error nothing can be said."""
     columns = zip(*map(_VALUES, rows), strict=True)
-    borrowed = await pool.acquire(timeout=PATIENCE)
-    try:
+    async with connection(pool, PATIENCE) as borrowed:
         with _refusals():
             await borrowed.execute(_INSERT, *map(list, columns), timeout=PATIENCE)
-    except (TimeoutError, asyncio.CancelledError):
-        borrowed.terminate()  # else the pool asks a server that does not answer to cancel, and waits for it
-        raise
-    finally:
-        await pool.release(borrowed, timeout=PATIENCE)
 
 
 @contextmanager

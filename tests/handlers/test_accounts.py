@@ -1,5 +1,6 @@
 import asyncio
 import dataclasses
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -16,8 +17,9 @@ from gateway.handlers import accounts
 from gateway.handlers.accounts import Grant
 from gateway.protocol.errors import GatewayError, PermissionDenied
 from gateway.settings import Settings
-from gateway.stores.accounts import AccountStore
+from gateway.stores.accounts import REGISTRATIONS_PER_ADDRESS, AccountStore
 from gateway.stores.keys import KeyStore
+from gateway.stores.passwords import HashingPool
 
 pytestmark = pytest.mark.integration
 
@@ -81,12 +83,13 @@ async def start(pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch) -> AsyncIte
     """Starts the endpoints under these settings."""
     monkeypatch.setattr("gateway.stores.accounts.PASSWORD_HASHER", PasswordHasher(1, 8, 1))
     clients = []
+    for_keys, for_passwords = HashingPool(), HashingPool()
 
     async def start(**settings: Any) -> Api:
         app = web.Application(middlewares=[errors])
         app[SETTINGS] = msgspec.convert(settings, Settings)
-        app[ACCOUNTS] = AccountStore(pool)
-        app[KEYS] = KeyStore(pool, None, pepper=b"pepper", cache_seconds=60, stale_seconds=900)
+        app[ACCOUNTS] = AccountStore(pool, hashing=for_passwords)
+        app[KEYS] = KeyStore(pool, None, pepper=b"pepper", cache_seconds=60, stale_seconds=900, hashing=for_keys)
         app.add_routes(accounts.routes())
         client = TestClient(TestServer(app))
         await client.start_server()
@@ -96,6 +99,8 @@ async def start(pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch) -> AsyncIte
     yield start
     for client in clients:
         await client.close()
+    for hashing in (for_keys, for_passwords):
+        hashing.close()
 
 
 @pytest.fixture
@@ -121,6 +126,24 @@ async def test_whoever_registers_learns_an_id_and_the_first_that_it_is_the_admin
 async def test_a_known_email_is_409(api: Api) -> None:
     answer = await api.ask("POST", "/auth/register", email="ADA@example.com", password="another password")
     assert answer.error == (409, "email_taken", "email")
+
+
+async def test_a_crowd_that_registers_is_told_to_wait_and_shuts_out_no_good_key(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    created = await api.add_key("ada")  # not proven yet: its first request takes Argon2
+    monkeypatch.setattr("gateway.stores.accounts.PASSWORD_HASHER", PasswordHasher())  # what it costs in earnest
+
+    async def register(name: str) -> int:
+        answer = await api.ask("POST", "/auth/register", email=f"{name}@example.com", password=PASSWORD)
+        return answer.status
+
+    crowd = asyncio.gather(*(register(f"user{number}") for number in range(60)))
+    await asyncio.sleep(0.05)
+    assert not crowd.done()
+    assert (await api.ask("GET", "/auth/keys", created["api_key"])).status == 200
+    passed = REGISTRATIONS_PER_ADDRESS - 2  # the two of the fixture came from this address as well
+    assert Counter(await crowd) == {201: passed, 429: 60 - passed}
 
 
 async def test_a_closed_gateway_registers_its_admin_and_nobody_else(start: Start) -> None:
@@ -166,7 +189,7 @@ async def test_a_wrong_password_makes_no_key(api: Api) -> None:
     assert await api.pool.fetchval("select count(*) from keys") == 0
 
 
-async def test_after_five_wrong_passwords_the_address_is_told_to_wait(api: Api) -> None:
+async def test_after_five_wrong_passwords_an_account_is_told_to_wait(api: Api) -> None:
     wrong = {"email": "ada@example.com", "password": "wrong password", "key_name": "x"}
     answers = [await api.ask("POST", "/auth/keys", **wrong) for _ in range(6)]
     assert [answer.status for answer in answers] == [401] * 5 + [429]

@@ -1,3 +1,4 @@
+import asyncio
 import csv
 import io
 from collections.abc import AsyncIterator
@@ -17,6 +18,7 @@ from gateway.exchange import new_id
 from gateway.handlers.stats import routes
 from gateway.protocol.errors import GatewayError
 from gateway.stores.keys import KeyStore
+from gateway.stores.passwords import HashingPool
 from gateway.stores.usage import UsageRow, UsageStore
 
 pytestmark = pytest.mark.integration
@@ -66,7 +68,8 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 @pytest.fixture
 async def world(pool: asyncpg.Pool) -> AsyncIterator[World]:
-    keys = KeyStore(pool, None, pepper=b"pepper", cache_seconds=60, stale_seconds=60)
+    hashing = HashingPool()
+    keys = KeyStore(pool, None, pepper=b"pepper", cache_seconds=60, stale_seconds=60, hashing=hashing)
 
     async def person(name: str, role: str) -> Person:
         # Not by registering: three passwords' hashes would be most of every test's time.
@@ -83,6 +86,7 @@ async def world(pool: asyncpg.Pool) -> AsyncIterator[World]:
     async with TestClient(TestServer(app)) as client:
         people = [await person("admin", "admin"), await person("ann", "member"), await person("ben", "member")]
         yield World(client, store, pool, *people)
+    hashing.close()
 
 
 def row(person: Person, **changes: Any) -> UsageRow:
@@ -410,6 +414,21 @@ async def test_bytes_that_are_no_text_in_a_query_are_no_fault_of_ours(world: Wor
     headers = {"Authorization": f"Bearer {world.ann.token}"}
     for query in ("user=%FF", "user=%00", "user=%ED%A0%80", "%FF=1", "cursor=%FF"):
         assert (await world.client.get(f"/api/usage?{query}", headers=headers)).status in (200, 400)
+
+
+async def test_a_member_with_forty_questions_at_once_shuts_out_nobodys_key(world: World) -> None:
+    async with world.pool.acquire() as slow, slow.transaction():
+        await slow.execute("lock table usage in access exclusive mode")  # every question takes long now
+        paths = ["/api/stats", "/api/usage"] * 20
+        crowd = [asyncio.create_task(world.get(path, world.ann, range="all")) for path in paths]
+        refused, waiting = await asyncio.wait(crowd, timeout=1.8)
+        # Its key is new to the process, so its row is looked up; the bad query is refused after that.
+        assert (await world.get("/api/stats", world.ben, range="nonsense")).status == 400
+    assert (len(refused), len(waiting)) == (39, 1)
+    for answer in refused:
+        response = await answer
+        assert (response.status, (await response.json())["error"]["code"]) == (503, "stats_busy")
+    assert [(await answer).status for answer in waiting] == [200]
 
 
 async def test_without_a_database_the_answer_is_503(world: World) -> None:

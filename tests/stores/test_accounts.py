@@ -1,6 +1,6 @@
 import asyncio
 import threading
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from typing import Any
 
 import asyncpg
@@ -8,7 +8,7 @@ import pytest
 from argon2 import PasswordHasher
 
 from gateway.protocol.errors import GatewayError, InvalidRequest, Unauthenticated
-from gateway.stores.accounts import AccountStore, normal_email
+from gateway.stores.accounts import REGISTRATIONS_PER_ADDRESS, AccountStore, normal_email
 from gateway.stores.passwords import PASSWORD_HASHER, HashingPool, matches
 
 pytestmark = pytest.mark.integration
@@ -42,8 +42,15 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def store(pool: asyncpg.Pool) -> AccountStore:
-    return AccountStore(pool)
+def hashing() -> Iterator[HashingPool]:
+    pool = HashingPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def store(pool: asyncpg.Pool, hashing: HashingPool) -> AccountStore:
+    return AccountStore(pool, hashing=hashing)
 
 
 async def refusal(answer: Awaitable[object]) -> GatewayError:
@@ -106,6 +113,39 @@ async def test_a_password_is_stored_as_argon2id_of_the_librarys_default(
     [row] = await pool.fetch("select * from accounts")
     assert not PASSWORD_HASHER.check_needs_rehash(row["password_hash"])
     assert PASSWORD not in " ".join(str(value) for value in row.values())
+
+
+async def test_an_address_registers_so_many_times_a_minute_and_is_then_told_to_wait(store: AccountStore) -> None:
+    for number in range(REGISTRATIONS_PER_ADDRESS):
+        await store.register(f"user{number}@example.com", PASSWORD, registration="open", address="10.0.0.1")
+    error = await refusal(store.register(EMAIL, PASSWORD, registration="open", address="10.0.0.1"))
+    assert (error.http_status, error.error_code) == (429, "too_many_registrations")
+    assert error.retry_after is not None
+    assert 55 < error.retry_after <= 60
+    assert (await store.register(EMAIL, PASSWORD, registration="open", address="10.0.0.2")).email == EMAIL
+
+
+async def test_a_registration_that_is_refused_after_its_hash_counts_too(store: AccountStore) -> None:
+    await store.register(EMAIL, PASSWORD, registration="open")
+    again = [store.register(EMAIL, PASSWORD, registration="open", address="10.0.0.1") for _ in range(40)]
+    answers = await asyncio.gather(*again, return_exceptions=True)
+    refused = 40 - REGISTRATIONS_PER_ADDRESS
+    statuses = sorted(getattr(answer, "http_status", 201) for answer in answers)
+    assert statuses == [409] * REGISTRATIONS_PER_ADDRESS + [429] * refused
+
+
+async def test_a_registration_that_costs_no_hash_does_not_count(pool: asyncpg.Pool) -> None:
+    hashing, gate = HashingPool(threads=1, waiting=0), threading.Event()
+    store = AccountStore(pool, hashing=hashing)
+    busy = hashing.submit(gate.wait)
+    for _ in range(20):
+        for email in ("no email", EMAIL):
+            error = await refusal(store.register(email, PASSWORD, registration="open", address="10.0.0.1"))
+            assert error.http_status == (503 if email == EMAIL else 400)
+    gate.set()
+    await busy
+    assert (await store.register(EMAIL, PASSWORD, registration="open", address="10.0.0.1")).email == EMAIL
+    hashing.close()
 
 
 NO_EMAILS = [
@@ -184,9 +224,18 @@ async def test_after_five_failures_an_account_waits_a_minute_even_with_the_right
     assert len(checked) == 5
 
 
-async def test_after_five_failures_an_address_waits_whatever_the_account(store: AccountStore) -> None:
+async def test_five_failures_from_an_address_are_no_reason_to_lock_out_its_neighbours(store: AccountStore) -> None:
+    """Behind a load balancer all clients have one address."""
     await store.register(EMAIL, PASSWORD, registration="open")
-    for number in range(5):
+    for _ in range(5):
+        guess = store.login("nobody@example.com", "wrong password", address="10.0.0.1")
+        assert (await refusal(guess)).http_status == 401
+    assert (await store.login(EMAIL, PASSWORD, address="10.0.0.1")).email == EMAIL
+
+
+async def test_after_thirty_failures_an_address_waits_whatever_the_account(store: AccountStore) -> None:
+    await store.register(EMAIL, PASSWORD, registration="open")
+    for number in range(30):
         guess = store.login(f"user{number}@example.com", "wrong password", address="10.0.0.1")
         assert (await refusal(guess)).http_status == 401
     assert (await refusal(store.login(EMAIL, PASSWORD, address="10.0.0.1"))).http_status == 429
@@ -216,6 +265,7 @@ async def test_a_full_queue_is_503_and_no_failure(pool: asyncpg.Pool) -> None:
     gate.set()
     await busy
     assert (await store.login(EMAIL, PASSWORD)).email == EMAIL
+    hashing.close()
 
 
 async def test_an_account_is_found_by_its_email(store: AccountStore) -> None:

@@ -19,10 +19,12 @@ from gateway.stores import key_rows
 from gateway.stores import keys as keys_module
 from gateway.stores.key_rows import KeyChanges, Proofs
 from gateway.stores.keys import KeyStore, NewKey, load_pepper
-from gateway.stores.passwords import matches
+from gateway.stores.passwords import HashingPool, matches
 from gateway.stores.tokens import join_token, make_token, parse_token
 
 pytestmark = pytest.mark.integration
+
+HASHING = HashingPool()  # of all tests in this file; closed by the fixture below
 
 
 class Clock:
@@ -43,6 +45,12 @@ async def account(pool: asyncpg.Pool) -> str:
     return await add_account(pool, "owner@example.com")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def hashing() -> Iterator[None]:
+    yield
+    HASHING.close()
+
+
 @pytest.fixture
 def store(pool: asyncpg.Pool, clock: Clock) -> KeyStore:
     return make_store(pool, clock)
@@ -61,8 +69,9 @@ def argon2(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield asked
 
 
-def make_store(pool: asyncpg.Pool, clock: Callable[[], float], redis: Redis | None = None) -> KeyStore:
-    return KeyStore(pool, redis, pepper=b"pepper", cache_seconds=60, stale_seconds=900, clock=clock)
+def make_store(pool: asyncpg.Pool, clock: Callable[[], float], redis: Redis | None = None, **options: Any) -> KeyStore:
+    known = {"pepper": b"pepper", "cache_seconds": 60, "stale_seconds": 900, "hashing": HASHING, "clock": clock}
+    return KeyStore(pool, redis, **{**known, **options})
 
 
 async def add_account(pool: asyncpg.Pool, email: str, role: str = "member") -> str:
@@ -297,7 +306,7 @@ async def test_a_key_whose_argon2_hash_is_another_is_refused(store: KeyStore, ac
 
 async def test_a_key_under_another_pepper_is_refused(pool: asyncpg.Pool, store: KeyStore, account: str) -> None:
     key = await add_key(store, account)
-    other = KeyStore(pool, None, pepper=b"other", cache_seconds=60, stale_seconds=900)
+    other = make_store(pool, time.monotonic, pepper=b"other")
     assert isinstance(await refusal(other.verify(key.token)), Unauthenticated)
 
 
@@ -378,6 +387,24 @@ async def test_an_unknown_key_is_503_without_postgres_and_never_401(store: KeySt
     await pool.close()
     error = await refusal(store.verify(make_token()))
     assert (error.http_status, error.error_code, error.retry_after) == (503, "auth_unavailable", 1)
+
+
+async def test_a_look_up_that_failed_is_told_once_however_many_wait_for_it(
+    pool: asyncpg.Pool, account: str, clock: Clock
+) -> None:
+    errors: list[str] = []
+    store = make_store(pool, clock, on_error=lambda: errors.append("postgres"))
+    key = await add_key(store, account)
+    await store.verify(key.token)
+    await refusal(store.verify(make_token()))
+    assert errors == []
+    await pool.close()
+    answers = await asyncio.gather(*(store.verify(make_token()) for _ in range(20)), return_exceptions=True)
+    assert {type(answer) for answer in answers} == {Unavailable}
+    assert len(errors) == 1
+    clock.now += 60
+    await store.verify(key.token)  # of a known key, and nobody is refused
+    assert len(errors) == 2
 
 
 async def test_it_is_not_remembered_as_wrong_what_could_not_be_checked(

@@ -4,6 +4,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from gateway.stores import migrations
 from gateway.stores.migrations import MigrationError, migrate, read_migrations
 from tests.support.stores import SCHEMA, dump_schema
 
@@ -46,6 +47,20 @@ async def test_four_starts_at_once_apply_each_file_once(empty_database_url: str,
     applied = await asyncio.gather(*(migrate(empty_database_url, folder) for _ in range(4)))
     assert sorted(applied) == [[], [], [], ["0001_fruit", "0002_apple", "0003_slow"]]
     assert await fetch(empty_database_url, FRUIT) == ["apple", "slow"]
+
+
+async def test_a_lock_that_never_comes_ends_the_wait_with_words(
+    empty_database_url: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migrations, "_PATIENCE", 0.2)
+    holder = await asyncpg.connect(empty_database_url)
+    try:
+        await holder.execute("select pg_advisory_lock($1)", migrations._LOCK)
+        with pytest.raises(MigrationError, match=r"another process has been migrating this database for 0\.2 s"):
+            await asyncio.wait_for(migrate(empty_database_url, folder), 5)
+    finally:
+        await holder.close()
+    assert await migrate(empty_database_url, folder) == ["0001_fruit", "0002_apple"]
 
 
 async def test_versions_of_a_newer_release_are_left_alone(empty_database_url: str, folder: Path) -> None:
@@ -96,8 +111,8 @@ def test_a_file_that_is_no_migration_is_refused_by_name(tmp_path: Path, name: st
 
 
 def test_shipped_migrations_have_a_version_each() -> None:
-    migrations = read_migrations(SCHEMA.parent / "migrations")
-    assert len(migrations) == len({migration.version for migration in migrations}) > 0
+    shipped = read_migrations(SCHEMA.parent / "migrations")
+    assert len(shipped) == len({migration.version for migration in shipped}) > 0
 
 
 def test_the_schema_file_is_the_sum_of_all_migrations(database_url: str) -> None:

@@ -1,7 +1,9 @@
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
@@ -10,6 +12,9 @@ from asyncpg import exceptions as pg
 
 from gateway.protocol.errors import Unavailable
 from gateway.stores.postgres import HOT_ACQUIRE_TIMEOUT, HOT_COMMAND_TIMEOUT, connection, database_errors
+
+if TYPE_CHECKING:
+    from tests.conftest import Servers
 
 pytestmark = pytest.mark.integration
 
@@ -29,6 +34,10 @@ pytestmark = pytest.mark.integration
         pg.DeadlockDetectedError("deadlock"),
         pg.InvalidPasswordError("rotated"),
         pg.ReadOnlySQLTransactionError("standby"),
+        pg.ObjectNotInPrerequisiteStateError("the database is not currently accepting connections"),
+        pg.LockNotAvailableError("canceling statement due to lock timeout"),
+        asyncpg.InternalClientError("cannot switch to state 15; another operation (2) is in progress"),
+        asyncpg.TargetServerAttributeNotMatched("none of the hosts match the target attribute requirement"),
         asyncpg.InterfaceError("pool is closed"),
         asyncpg.InterfaceError("cannot perform operation: connection is closed"),
     ],
@@ -79,6 +88,17 @@ async def test_a_server_that_is_not_there_is_unavailable() -> None:
             raise AssertionError("there was a connection")
 
 
+async def test_a_database_that_takes_no_connections_now_is_unavailable(servers: "Servers", database_url: str) -> None:
+    admin = await asyncpg.connect(servers.database_url)
+    await admin.execute(f"alter database {urlsplit(database_url).path[1:]} with allow_connections false")
+    await admin.close()
+    async with asyncpg.create_pool(database_url, min_size=0) as pool:
+        with pytest.raises(Unavailable) as caught:
+            async with connection(pool):
+                raise AssertionError("there was a connection")
+    assert isinstance(caught.value.__cause__, pg.ObjectNotInPrerequisiteStateError)
+
+
 async def test_a_pool_that_is_all_taken_is_waited_for_no_longer_than_its_time(database_url: str) -> None:
     async with asyncpg.create_pool(database_url, min_size=1, max_size=1) as pool, connection(pool):
         started = time.monotonic()
@@ -94,6 +114,51 @@ async def test_a_connection_that_the_server_ended_does_not_stay_in_the_pool(pool
             await borrowed.fetchval("select pg_terminate_backend(pg_backend_pid())")
     async with connection(pool) as borrowed:
         assert await borrowed.fetchval("select 1") == 1
+
+
+async def test_a_time_out_on_a_connection_that_was_lost_meanwhile_is_unavailable(pool: asyncpg.Pool) -> None:
+    with pytest.raises(Unavailable):
+        async with connection(pool) as borrowed:
+            with pytest.raises(asyncpg.PostgresError):
+                await borrowed.execute("select pg_terminate_backend(pg_backend_pid())")
+            with pytest.raises(asyncpg.InterfaceError, match="released back to the pool"):
+                async with asyncio.timeout(5):
+                    while True:
+                        borrowed.is_closed()
+                        await asyncio.sleep(0.001)
+            raise TimeoutError
+
+
+async def test_connections_that_the_server_ends_at_any_moment_are_unavailable_and_leave_a_pool_that_serves(
+    pool: asyncpg.Pool, servers: "Servers", database_url: str
+) -> None:
+    """Between two steps of asyncpg's own as well, after a time-out, in the middle of a transaction."""
+    ended = asyncio.Event()
+    causes: Counter[type[BaseException | None]] = Counter()
+
+    async def ask(timeout: float) -> None:
+        while not ended.is_set():
+            try:
+                async with connection(pool) as borrowed, borrowed.transaction():
+                    await borrowed.fetchval("select 1", timeout=1)
+                    await borrowed.fetchval("select pg_sleep(0.001)", timeout=timeout)
+            except Unavailable as error:
+                causes[type(error.__cause__)] += 1
+
+    admin = await asyncpg.connect(servers.database_url)
+    asking = asyncio.gather(*(ask(timeout) for timeout in (1, 0.001) * 10))
+    for _ in range(20):
+        await asyncio.sleep(0.05)
+        await admin.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity where datname = $1", urlsplit(database_url).path[1:]
+        )
+    ended.set()
+    await asking
+    await admin.close()
+    assert len(causes) > 1
+    for _ in range(50):
+        async with connection(pool) as borrowed:
+            assert await borrowed.fetchval("select 1") == 1
 
 
 async def test_a_server_that_falls_silent_costs_no_more_than_the_time_outs(database_url: str) -> None:

@@ -44,7 +44,7 @@ class Gateway:
     async def rows(self) -> list[asyncpg.Record]:
         """Usage rows, oldest first, once all that are due are written."""
         async with asyncio.timeout(5):
-            while self.app[appkeys.PULSE].in_flight or self.app[appkeys.USAGE].queued:
+            while not self.app[appkeys.PULSE].idle or self.app[appkeys.USAGE].queued:
                 await asyncio.sleep(0.01)
         rows: list[asyncpg.Record] = await self.app[appkeys.POOL].fetch("select * from usage order by request_id")
         return rows

@@ -1,4 +1,4 @@
-"""Who failed how often lately: the brake on guessing keys and passwords."""
+"""Who tried how often lately: the brake on guessing keys and passwords, and on making accounts."""
 
 import time
 from collections import OrderedDict, deque
@@ -7,8 +7,8 @@ from collections.abc import Callable
 MAX_NAMES = 10_000  # addresses or accounts remembered; beyond it the one that has been quiet longest is forgotten
 
 
-class Failures:
-    """At most `limit` failures a name in any `seconds`. Kept in this process: N processes allow N times as many."""
+class Attempts:
+    """At most `limit` attempts a name in any `seconds`. Kept in this process: N processes allow N times as many."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class Failures:
             self._times.popitem(last=False)
 
     def wait(self, name: str) -> float:
-        """Seconds until `name` may fail again; 0.0: it may now."""
+        """Seconds until `name` may try again; 0.0: it may now."""
         times = self._times.get(name)
         if times is None or len(times) < self._limit:
             return 0.0
