@@ -93,8 +93,8 @@ def _describe_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(arguments: argparse.Namespace, settings: Settings) -> int:
-    from gateway.app import StartError, serve
     from gateway.logs import setup
+    from gateway.serve import StartError, serve
 
     given = {name: value for name in ("host", "port") if (value := getattr(arguments, name)) is not None}
     settings = change(settings, given)
@@ -159,8 +159,9 @@ def _with_servers(settings: Settings, work: Callable[[str, str], Awaitable[Rows]
     ones. Ends the command when they cannot be had."""
     import asyncpg
 
-    from gateway.app import open_database, reason
+    from gateway.app import open_database
     from gateway.embedded import EmbeddedError
+    from gateway.serve import reason
     from gateway.stores.migrations import MigrationError
 
     async def run() -> Rows:

@@ -4,26 +4,21 @@ import asyncio
 import ctypes
 import gc
 import logging
-import os
-import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import asyncpg
-import uvloop
-from aiohttp import http_parser, web
+from aiohttp import web
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from gateway import appkeys as keys
 from gateway import middlewares
 from gateway.catalogue import Catalogue
-from gateway.connection import Runner
-from gateway.embedded import Embedded, EmbeddedError
+from gateway.embedded import Embedded
 from gateway.handlers import accounts, chat, health, models, stats
 from gateway.metrics import Metrics
 from gateway.mock import Mock
@@ -33,14 +28,13 @@ from gateway.settings import Settings, SettingsError, load_routes
 from gateway.stores.accounts import AccountStore
 from gateway.stores.keys import KeyStore, load_pepper
 from gateway.stores.limits import Limiter, connect_redis
-from gateway.stores.migrations import MigrationError, migrate
+from gateway.stores.migrations import migrate
 from gateway.stores.passwords import HashingPool
 from gateway.stores.usage import UsageStore
 from gateway.upstream import Upstream
 
 log = logging.getLogger("gateway")
 
-KEEPALIVE = 130.0  # seconds; longer than a load balancer's usual 60 or 120, so that it never reuses a closed connection
 DATABASE_WAIT = 30.0  # seconds that a start waits for Postgres: in a new stack both come up together
 FLUSH = 10.0  # seconds that usage rows may take to reach Postgres when we stop
 _M_MMAP_THRESHOLD = -3  # malloc.h
@@ -248,6 +242,19 @@ async def _settled(app: web.Application) -> AsyncIterator[None]:
     yield
 
 
+def _settle_memory() -> None:
+    """What start-up made lives for ever: leave it out of every collection, and collect rarely.
+
+    With the default thresholds a burst of streams pays for full collections in the middle of its tokens. And glibc is
+    told to give large blocks back: by itself it learns to keep Argon2's 19 MiB once for every thread (mallopt(3)).
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+    with suppress(OSError, AttributeError):  # another libc
+        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
 async def _tasks(app: web.Application) -> AsyncIterator[None]:
     """The long-running tasks, and what each still has to write when we stop."""
     pulse = app[keys.PULSE] = Pulse(app[keys.SETTINGS])
@@ -279,131 +286,3 @@ async def _forever(name: str, work: Coroutine[Any, Any, None], count: Callable[[
     except Exception:
         count()
         log.exception("background task failed: %s", name)
-
-
-# --- serving ------------------------------------------------------------------------------------------------------
-
-
-def make_runner(app: web.Application) -> Runner:
-    return Runner(
-        app,
-        handler_cancellation=True,  # a client that leaves is noticed while the provider is silent
-        keepalive_timeout=KEEPALIVE,
-        access_log=None,  # one line per exchange is written by middlewares.errors
-        auto_decompress=False,  # compressed bodies are refused unread, so there is no bomb to inflate
-        lingering_time=1.0,  # seconds for the rest of a body that was refused, so that the client can read why
-        shutdown_timeout=1.0,  # what is open was drained before
-    )
-
-
-async def _serve(settings: Settings, environ: Mapping[str, str], ready: Callable[[str], None]) -> None:
-    stop = _signals()
-    app = make_app(settings, environ, settle=True)
-    runner = make_runner(app)
-    try:
-        if not await _set_up(runner, stop):
-            return
-        site = web.TCPSite(runner, settings.host, settings.port, backlog=1024, reuse_address=True)
-        await site.start()
-        ready(_address(runner, settings.host))
-        await stop.wait()
-        stop.clear()
-        await _until_drained(app[keys.PULSE], settings, stop)
-    finally:
-        await runner.cleanup()
-
-
-async def _set_up(runner: web.AppRunner, stop: asyncio.Event) -> bool:
-    """Open everything; False when we were told to stop before it was open. Raises what the opening raises."""
-    setup, told = asyncio.create_task(runner.setup()), asyncio.create_task(stop.wait())
-    await asyncio.wait({setup, told}, return_when=asyncio.FIRST_COMPLETED)
-    if setup.done():
-        told.cancel()
-        await setup
-        return True
-    log.info("told to stop while starting")
-    setup.cancel()
-    await asyncio.gather(setup, return_exceptions=True)  # whatever it was about to say, nobody waits for it
-    return False
-
-
-async def _until_drained(pulse: Pulse, settings: Settings, again: asyncio.Event) -> None:
-    """Not ready at once; what is open finishes; a second signal ends it with an error event."""
-    log.info("shutting down: %d exchanges open", pulse.open_exchanges)
-    pulse.draining = True
-    drain = asyncio.create_task(_drain(pulse, settings))
-    hurry = asyncio.create_task(again.wait())
-    await asyncio.wait({drain, hurry}, return_when=asyncio.FIRST_COMPLETED)
-    hurried = not drain.done()
-    for task in (drain, hurry):
-        task.cancel()
-    await asyncio.gather(drain, hurry, return_exceptions=True)
-    if hurried:
-        pulse.refusing = True
-        await pulse.drain(0)
-
-
-async def _drain(pulse: Pulse, settings: Settings) -> None:
-    # A load balancer sends requests until it has seen that we are not ready: they are served for that long. The
-    # listener stays open to the end, so that what comes later is told so instead of being refused by the kernel.
-    await asyncio.sleep(settings.gateway_drain_delay)
-    pulse.refusing = True
-    await pulse.drain(max(0.0, settings.gateway_drain_timeout - settings.gateway_drain_delay))
-
-
-def _signals() -> asyncio.Event:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    return stop
-
-
-def _address(runner: web.AppRunner, host: str) -> str:
-    port = runner.addresses[0][1]
-    return f"http://{'127.0.0.1' if host in ('0.0.0.0', '::', '') else host}:{port}"
-
-
-def _settle_memory() -> None:
-    """What start-up made lives for ever: leave it out of every collection, and collect rarely.
-
-    With the default thresholds a burst of streams pays for full collections in the middle of its tokens. And glibc is
-    told to give large blocks back: by itself it learns to keep Argon2's 19 MiB once for every thread (mallopt(3)).
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
-    with suppress(OSError, AttributeError):  # another libc
-        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-
-
-def check_runtime() -> None:
-    """aiohttp's pure-Python parser has known request smuggling: without the compiled one we do not start."""
-    if os.environ.get("AIOHTTP_NO_EXTENSIONS") or http_parser.HttpRequestParser is http_parser.HttpRequestParserPy:
-        raise SettingsError("aiohttp's compiled HTTP parser is required: install aiohttp from its wheel")
-    if tuple(int(part) for part in aiohttp.__version__.split(".")[:3]) < (3, 14, 5):
-        raise SettingsError(f"aiohttp 3.14.5 or later is required, this is {aiohttp.__version__}")
-
-
-class StartError(Exception):
-    """One line that says what the gateway needs and cannot have."""
-
-
-def reason(error: BaseException) -> str:
-    """What an error says; its class's name if it says nothing, as a time-out does."""
-    return str(error) or type(error).__name__
-
-
-def serve(settings: Settings, environ: Mapping[str, str], ready: Callable[[str], None]) -> None:
-    """Serve until SIGTERM. `ready` is called with the address once it answers.
-
-    Raises SettingsError, or StartError for a dependency or a port that cannot be had.
-    """
-    check_runtime()
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(settings, environ, ready))
-    except asyncpg.ClientConfigurationError as error:
-        raise SettingsError(f"DATABASE_URL: {reason(error)}") from None
-    except (EmbeddedError, MigrationError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        raise StartError(f"cannot start: {reason(error)}") from None

@@ -11,8 +11,9 @@ from aiohttp import web
 
 from gateway import app as application
 from gateway import appkeys
-from gateway.app import make_app, make_runner
+from gateway.app import make_app
 from gateway.mock import Mock
+from gateway.serve import make_runner
 from gateway.settings import SettingsError, load_settings
 from gateway.stores.passwords import HashingPool
 from gateway.upstream import Upstream

@@ -11,8 +11,9 @@ import asyncpg
 from aiohttp import web
 
 from gateway import appkeys
-from gateway.app import make_app, make_runner
+from gateway.app import make_app
 from gateway.mock import Mock, Received
+from gateway.serve import make_runner
 from gateway.settings import load_settings
 
 MODELS = {"openai": "openai/mock-gpt", "anthropic": "anthropic/mock-claude", "ollama": "ollama/mock-llama"}
