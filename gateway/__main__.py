@@ -399,6 +399,8 @@ def _figures(group: "Figures") -> dict[str, Any]:
         "completion_tokens": group.completion_tokens,
         "total_tokens": group.total_tokens,
         "cached_tokens": group.cached_tokens,
+        "cost_usd": f"{group.cost_micros / 1e6:.6f}",
+        "unpriced": group.unpriced,
     }
 
 

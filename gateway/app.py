@@ -22,15 +22,18 @@ from gateway.embedded import Embedded
 from gateway.handlers import accounts, chat, health, models, stats
 from gateway.metrics import Metrics
 from gateway.mock import Mock
+from gateway.protocol.pricing import PriceTable
 from gateway.protocol.routing import Provider, Routes
 from gateway.pulse import Pulse
-from gateway.settings import Settings, SettingsError, load_routes
+from gateway.settings import Settings, SettingsError, load_prices, load_routes
 from gateway.stores.accounts import AccountStore
+from gateway.stores.journal import Journal
 from gateway.stores.keys import KeyStore, load_pepper
 from gateway.stores.limits import Limiter, connect_redis
 from gateway.stores.migrations import migrate
 from gateway.stores.passwords import HashingPool
-from gateway.stores.usage import UsageStore
+from gateway.stores.recorder import Recorder
+from gateway.stores.shipper import Shipper
 from gateway.upstream import Upstream
 
 log = logging.getLogger("gateway")
@@ -61,7 +64,8 @@ def make_app(settings: Settings, environ: Mapping[str, str], *, settle: bool = F
     app.add_routes([*health.routes(), *accounts.routes(), *stats.routes()])
 
     # Opened in this order, closed in the reverse one: the writers drain while the pools are open.
-    opened = [_stores(settings, routes), _providers(settings, routes), *([_settled] if settle else []), _tasks]
+    stores = _stores(settings, routes, load_prices(settings))
+    opened = [stores, _providers(settings, routes), *([_settled] if settle else []), _tasks]
     app.cleanup_ctx.extend(opened)
     return app
 
@@ -133,7 +137,7 @@ def open_redis(url: str) -> Redis:
     return redis
 
 
-def _stores(settings: Settings, routes: Routes) -> Context:
+def _stores(settings: Settings, routes: Routes, prices: PriceTable) -> Context:
     async def context(app: web.Application) -> AsyncIterator[None]:
         async with AsyncExitStack() as opened:  # a start that fails half-way closes what it has
             database_url, redis_url = await opened.enter_async_context(open_database(settings))
@@ -151,7 +155,10 @@ def _stores(settings: Settings, routes: Routes) -> Context:
             app[keys.ACCOUNTS] = AccountStore(pool, hashing=for_passwords)
             app[keys.KEYS] = await _key_store(settings, pool, redis, for_keys, metrics)
             app[keys.LIMITER] = _limiter(settings, redis, metrics)
-            app[keys.USAGE] = _usage_store(pool, metrics)
+            journal = Journal(Path(settings.gateway_data_dir) / "journal", fsync=settings.gateway_fsync)
+            opened.callback(journal.close)
+            app[keys.RECORDER] = recorder = Recorder(journal, prices.price, on_full=settings.gateway_on_journal_full)
+            app[keys.SHIPPER] = _shipper(settings, pool, journal, recorder, metrics)
             yield
 
     return context
@@ -183,14 +190,19 @@ def _limiter(settings: Settings, redis: Redis, metrics: Metrics) -> Limiter:
     return limiter
 
 
-def _usage_store(pool: asyncpg.Pool, metrics: Metrics) -> UsageStore:
-    usage = UsageStore(
+def _shipper(settings: Settings, pool: asyncpg.Pool, journal: Journal, recorder: Recorder, metrics: Metrics) -> Shipper:
+    shipper = Shipper(
         pool,
+        journal,
+        keep_months=settings.gateway_keep_months,
         on_rows=lambda result, count: metrics.usage_rows.labels(result).inc(count),
         on_error=lambda: metrics.dependency_errors.labels("postgres").inc(),
+        priced=recorder.priced,
     )
-    metrics.usage_queue.follow(lambda: usage.queued)
-    return usage
+    metrics.usage_queue.follow(lambda: shipper.queued)
+    metrics.usage_lag_seconds.follow(lambda: shipper.lag_seconds)
+    metrics.journal_bytes.follow(lambda: journal.bytes)
+    return shipper
 
 
 def _providers(settings: Settings, routes: Routes) -> Context:
@@ -258,9 +270,9 @@ def _settle_memory() -> None:
 async def _tasks(app: web.Application) -> AsyncIterator[None]:
     """The long-running tasks, and what each still has to write when we stop."""
     pulse = app[keys.PULSE] = Pulse(app[keys.SETTINGS])
-    usage, limiter = app[keys.USAGE], app[keys.LIMITER]
+    shipper, limiter = app[keys.SHIPPER], app[keys.LIMITER]
     work = {
-        "usage writer": usage.run(),
+        "usage shipper": shipper.run(),
         "limiter": limiter.run(),
         "key revocations": app[keys.KEYS].listen(),
         "catalogue": app[keys.CATALOGUE].run(),
@@ -270,9 +282,9 @@ async def _tasks(app: web.Application) -> AsyncIterator[None]:
     tasks = [asyncio.create_task(_forever(name, task, bugs.inc)) for name, task in work.items()]
     yield
     await pulse.close()
-    left = await usage.close(FLUSH)
+    left = await shipper.close(FLUSH)
     if left:
-        log.error("%d usage rows could not be written", left)
+        log.warning("%d usage rows wait in the journal for the next start", left)
     await limiter.close()
     for task in tasks:
         task.cancel()

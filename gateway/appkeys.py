@@ -14,7 +14,8 @@ from gateway.settings import Settings
 from gateway.stores.accounts import AccountStore
 from gateway.stores.keys import KeyStore
 from gateway.stores.limits import Limiter
-from gateway.stores.usage import UsageStore
+from gateway.stores.recorder import Recorder
+from gateway.stores.shipper import Shipper
 from gateway.upstream import Upstream
 
 SETTINGS = web.AppKey("SETTINGS", Settings)
@@ -22,7 +23,8 @@ POOL = web.AppKey("POOL", asyncpg.Pool)
 ACCOUNTS = web.AppKey("ACCOUNTS", AccountStore)
 KEYS = web.AppKey("KEYS", KeyStore)
 LIMITER = web.AppKey("LIMITER", Limiter)
-USAGE = web.AppKey("USAGE", UsageStore)
+RECORDER = web.AppKey("RECORDER", Recorder)
+SHIPPER = web.AppKey("SHIPPER", Shipper)
 METRICS = web.AppKey("METRICS", Metrics)
 CATALOGUE = web.AppKey("CATALOGUE", Catalogue)
 PULSE = web.AppKey("PULSE", Pulse)

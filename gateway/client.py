@@ -5,7 +5,7 @@ import fcntl
 import sys
 import termios
 import zlib
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from time import monotonic
 
@@ -61,13 +61,15 @@ class Client:
         await self._response.write(data)
         self._writing_since = 0.0
 
-    async def send_whole(self, body: bytes) -> web.StreamResponse:
-        """A JSON answer that is all there, and its end."""
+    async def send_whole(self, body: bytes, before_last: Callable[[], Awaitable[None]]) -> web.StreamResponse:
+        """A JSON answer that is all there, and its end; `before_last` is awaited before its last piece."""
         body, headers = await encode_json(self._request, body)
         self._response.headers.update(headers)
         self._response.content_length = len(body)
         view = memoryview(body)
         for start in range(0, len(body), PIECE):
+            if start + PIECE >= len(body):
+                await before_last()
             await self.send(view[start : start + PIECE])
         return await self.end()
 

@@ -64,7 +64,11 @@ class Exchange:
     target: Target | None = None  # handlers.chat
     model: str = ""  # handlers.chat: the model the client asked for
 
-    meter: Meter | None = None  # relay, once there is a connection to the provider: a usage row is due from here on
+    meter: Meter | None = None  # relay, just before the provider is called
+    connected: bool = False  # relay: there is a connection to the provider, so a usage row is due
+    ticked: float = 0.0  # stores.recorder: when its last tick was written, seconds, monotonic
+    recorded: bool = False  # stores.recorder: its end is in the journal
+    cost_micros: int | None = None  # stores.recorder: micro-dollars; None: no price is known
     outcome: Outcome | Literal[""] = ""  # relay; "": no provider was called
     status: int = 0  # relay, or middlewares.errors: the HTTP status the client saw; 0: it saw none
     error_code: str = ""  # relay, or middlewares.errors: code of the error that ended it, also in mid-stream

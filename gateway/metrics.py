@@ -155,6 +155,16 @@ class Metrics:
             USAGE_ROW_RESULTS,
         )
         self.usage_queue = self._gauge("gateway_usage_queue", "Usage rows not yet in the database.").labels()
+        self.usage_lag_seconds = self._gauge(
+            "gateway_usage_lag_seconds", "Age of the oldest usage row that is not in the database yet."
+        ).labels()
+        self.journal_bytes = self._gauge("gateway_journal_bytes", "Bytes of the usage journal on disk.").labels()
+        self.cost_micros = self._counter(
+            "gateway_cost_micros_total", "Micro-dollars of exchanges whose price is known.", ("model", "provider")
+        )
+        self.unpriced = self._counter(
+            "gateway_unpriced_total", "Exchanges with usage whose model has no known price.", ("provider",)
+        )
         self.usage_sources = self._counter(
             "gateway_usage_source_total",
             "Exchanges with usage, by who counted: the provider, or the gateway because it did not say.",
@@ -197,6 +207,10 @@ class Metrics:
             self.client_aborts.labels("stream" if exchange.first_byte else "ttft").inc()
         if usage is not None:
             self.usage_sources.labels(source).inc()
+            if exchange.cost_micros is None:
+                self.unpriced.labels(provider).inc()
+            else:
+                self.cost_micros.labels(model, provider).inc(exchange.cost_micros)
             self._count_tokens(model, provider, usage, counted_live)
 
     def _count_times(self, exchange: Exchange, provider: str) -> None:

@@ -13,7 +13,7 @@ from time import monotonic
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
-from gateway.appkeys import EXCHANGE, LIMITER, METRICS, PULSE, SETTINGS, USAGE
+from gateway.appkeys import EXCHANGE, LIMITER, METRICS, PULSE, RECORDER, SETTINGS
 from gateway.body import read_body
 from gateway.exchange import Exchange
 from gateway.identity import API_KEY, MAX_LABEL, identify
@@ -31,7 +31,6 @@ from gateway.protocol.errors import (
     Unavailable,
 )
 from gateway.stores.grants import Admission
-from gateway.stores.usage import row_of
 
 log = logging.getLogger("gateway.access")
 
@@ -129,7 +128,7 @@ def _label(request: web.Request, name: str, *, strict: bool = True) -> str:
 
 
 def _log(request: web.Request, exchange: Exchange) -> None:
-    usage, source = exchange.meter.result() if exchange.meter is not None else (None, "")
+    usage, source = exchange.meter.result() if exchange.meter is not None and exchange.connected else (None, "")
     fields = {"method": request.method, "path": _route(request), **exchange_fields(exchange, usage, source)}
     log.info("%s %s %s", request.method, fields["path"], exchange.status or "-", extra={"fields": fields})
     if request.path.startswith("/v1/"):
@@ -237,9 +236,7 @@ async def record_usage(request: web.Request, handler: Handler) -> web.StreamResp
     try:
         return await handler(request)
     finally:
-        if exchange.meter is not None:
-            exchange.ended = monotonic()
-            request.config_dict[USAGE].record(row_of(exchange))
+        request.config_dict[RECORDER].end(exchange)
 
 
 V1 = (authenticate, limit, read_call, record_usage)

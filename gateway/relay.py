@@ -13,7 +13,7 @@ from time import monotonic, time
 
 from aiohttp import web
 
-from gateway.appkeys import METRICS, PULSE, SETTINGS, UPSTREAM
+from gateway.appkeys import METRICS, PULSE, RECORDER, SETTINGS, UPSTREAM
 from gateway.client import Client
 from gateway.exchange import Exchange
 from gateway.protocol.chat import PARSE_HERE, Call, ChatRequest, Chunk, Translator, UpstreamRequest, prompt_text
@@ -47,6 +47,7 @@ async def relay(request: web.Request, exchange: Exchange) -> web.StreamResponse:
     attempt = _Attempt(request, exchange, call)
     to_send = await _request_of(attempt.translator, chat)
     exchange.outcome = "interrupted"  # until we know better
+    attempt.begin()
     started = monotonic()
     try:
         return await attempt.run(to_send, stream=chat.stream)
@@ -81,9 +82,15 @@ class _Attempt:
         self._dialect = DIALECTS[call.target.provider.dialect]
         self.translator = self._dialect.translator(call)
         self._meter = Meter(prompt_text(call.chat))
+        self._recorder = request.config_dict[RECORDER]
         self._settings = request.config_dict[SETTINGS]
         self._metrics = request.config_dict[METRICS]
         self._live = self._metrics.tokens_live(exchange.model, call.target.provider.name)
+
+    def begin(self) -> None:
+        """Raises JournalFull: what cannot be accounted is not sent."""
+        self._exchange.meter = self._meter
+        self._recorder.begin(self._exchange)
 
     async def run(self, to_send: UpstreamRequest, *, stream: bool) -> web.StreamResponse:
         client = Client(self._request, stream=stream)
@@ -112,8 +119,10 @@ class _Attempt:
         """All of the stream but its end. Raises GatewayError only while no byte was sent."""
         try:
             client.answer = await self._open(client, to_send)
-            await self._pump(client, client.answer)
-            self._exchange.outcome = "ok"
+            last = await self._pump(client, client.answer)
+            self._exchange.outcome, self._exchange.status = "ok", 200
+            await self._recorder.settle(self._exchange)
+            await client.send(last)
         except GatewayError as error:
             if not client.prepared:
                 raise
@@ -128,6 +137,8 @@ class _Attempt:
 
     async def _break(self, client: Client, error: GatewayError) -> None:
         self.note(error)
+        self._exchange.status = 200
+        await self._recorder.settle(self._exchange)
         await client.send(error.event())
 
     async def _open(self, client: Client, to_send: UpstreamRequest) -> Answer:
@@ -143,30 +154,45 @@ class _Attempt:
             raise UpstreamBadBody(f"{self._target.provider.name} answered with {answer.content_type}, not a stream")
         return answer
 
-    async def _pump(self, client: Client, answer: Answer) -> None:
-        """One read, one feed, one write, until the dialect's last word."""
+    async def _pump(self, client: Client, answer: Answer) -> bytes:
+        """One read, one feed, one write, until the dialect's last word, which is held back and given."""
         translator = self.translator
         try:
-            while not translator.done:
+            while True:
                 client.reading_since = monotonic()
                 data = await answer.read()
                 client.reading_since = 0.0
-                if not data:
+                chunks = translator.feed(data) if data else []
+                if translator.done or not data:
                     break
-                await self._forward(client, translator.feed(data))
-            await self._forward(client, translator.flush())
+                await self._forward(client, chunks)
+                self._recorder.tick(self._exchange)
+            last = await self._last_words(client, chunks)
         except BaseException:
             answer.close()
             raise
         answer.finish()
+        return last
+
+    async def _last_words(self, client: Client, chunks: list[Chunk]) -> bytes:
+        """Sends all but the last chunk, which it gives. Raises UpstreamError, with all before the fault sent."""
+        try:
+            chunks = [*chunks, *self.translator.flush()]
+        except GatewayError:
+            await self._forward(client, chunks)
+            raise
+        await self._forward(client, chunks[:-1])
+        return self._take(chunks[-1:])
 
     async def _forward(self, client: Client, chunks: list[Chunk]) -> None:
+        if data := self._take(chunks):
+            await client.send(data)
+
+    def _take(self, chunks: list[Chunk]) -> bytes:
         # Counted before it is sent: the provider bills what the client did not wait for.
         for chunk in chunks:
             self._count(chunk.text, chunk.usage, chunk.finish_reason)
-        data = b"".join([chunk.data for chunk in chunks])
-        if data:
-            await client.send(data)
+        return b"".join([chunk.data for chunk in chunks])
 
     # --- a whole answer
 
@@ -180,9 +206,12 @@ class _Attempt:
                 body = await self._whole(answer, self._settings.gateway_max_reply)
         reply = self.translator.reply(body)
         self._count(reply.text, reply.usage, reply.finish_reason)
-        response = await client.send_whole(reply.body)
-        self._exchange.outcome = "ok"
-        return response
+        return await client.send_whole(reply.body, self._finished)
+
+    async def _finished(self) -> None:
+        """Before the last byte of a whole answer."""
+        self._exchange.outcome, self._exchange.status = "ok", 200
+        await self._recorder.settle(self._exchange)
 
     # --- both
 
@@ -194,7 +223,7 @@ class _Attempt:
         except TimeoutError:
             if client.interrupted is not None:
                 raise client.interrupted from None
-            if self._exchange.meter is None:
+            if not self._exchange.connected:
                 words, kind = f"could not be connected to within {limit:g} s", "timeout_connect"
             raise UpstreamTimeout(f"{self._target.provider.name} {words}", kind=kind) from None
         finally:
@@ -210,7 +239,7 @@ class _Attempt:
 
     def _connected(self) -> None:
         """From here on the provider may bill: a usage row is due."""
-        self._exchange.meter = self._meter
+        self._exchange.connected = True
 
     async def _refusal(self, answer: Answer) -> GatewayError:
         return self.translator.error(answer.status, await self._whole(answer, MAX_ERROR_BODY), answer.retry_after)

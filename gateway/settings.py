@@ -16,6 +16,7 @@ from urllib.parse import SplitResult, parse_qs, urlsplit
 import msgspec
 from msgspec import Meta
 
+from gateway.protocol.pricing import PricesError, PriceTable, price_table
 from gateway.protocol.routing import Provider, Routes
 
 # A million seconds are eleven days: more is a slip of the pen, and infinity is no number that a timer takes.
@@ -92,6 +93,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Literal["local", "open", "closed"],
         _doc("limits while Redis is gone: `local` (each process its share), `open` (none), `closed` (503)"),
     ] = "local"
+
+    gateway_fsync: Annotated[
+        Literal["group", "always", "never"],
+        _doc("usage before a client's last byte: `group` and `always` wait for the disk, `never` for the kernel alone"),
+    ] = "group"
+    gateway_on_journal_full: Annotated[
+        Literal["closed", "open"], _doc("no room for usage on disk: `closed` refuses (503), `open` serves unaccounted")
+    ] = "closed"
+    gateway_keep_months: Annotated[Count, _doc("whole months of usage rows kept beside this one; 0: all")] = 0
 
     gateway_registration: Annotated[
         Literal["open", "closed"],
@@ -244,6 +254,7 @@ class ProviderRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 class ConfigFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     providers: dict[str, ProviderRow] = {}
     aliases: dict[str, str] = {}
+    prices: dict[str, dict[str, Any]] = {}  # by provider and model, USD per million tokens; checked by `price_table`
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,21 +268,34 @@ class Address:
 def load_routes(settings: Settings, environ: Mapping[str, str]) -> Routes:
     """Routes from the shipped table, the operator's file and the environment. Raises SettingsError."""
     shipped = _read_config("providers.toml", resources.files("gateway").joinpath("providers.toml").read_text("utf-8"))
-    own = ConfigFile()
-    if settings.gateway_config:
-        path = Path(settings.gateway_config)
-        try:
-            own = _read_config(str(path), path.read_text("utf-8"))
-        except OSError as error:
-            raise SettingsError(f"GATEWAY_CONFIG: cannot read {path}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise SettingsError(f"GATEWAY_CONFIG: {path} is not UTF-8 text") from None
+    own = _read_own(settings)
     rows = {**shipped.providers, **own.providers}
     providers = {name: _provider(name, row, settings, environ, own) for name, row in rows.items()}
     for alias, target in own.aliases.items():
         if alias == target:
             raise SettingsError(f"{settings.gateway_config}: aliases.{alias}: points to itself")
     return Routes(providers=providers, aliases=own.aliases, default=settings.gateway_default_provider)
+
+
+def load_prices(settings: Settings) -> PriceTable:
+    """The shipped prices and the operator's own before them. Raises SettingsError."""
+    shipped = resources.files("gateway").joinpath("prices.json").read_bytes()
+    try:
+        return price_table(shipped, _read_own(settings).prices)
+    except PricesError as error:
+        raise SettingsError(f"{settings.gateway_config}: {error}") from None
+
+
+def _read_own(settings: Settings) -> ConfigFile:
+    if not settings.gateway_config:
+        return ConfigFile()
+    path = Path(settings.gateway_config)
+    try:
+        return _read_config(str(path), path.read_text("utf-8"))
+    except OSError as error:
+        raise SettingsError(f"GATEWAY_CONFIG: cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"GATEWAY_CONFIG: {path} is not UTF-8 text") from None
 
 
 def _read_config(name: str, text: str) -> ConfigFile:

@@ -105,7 +105,7 @@ async def test_without_postgres_known_keys_work_and_unknown_keys_get_503_not_401
     async with asyncio.timeout(10):
         while (await status_of(gateway, unknown))[0] != 200:
             await asyncio.sleep(0.1)
-        while gateway.app[appkeys.USAGE].queued:
+        while gateway.app[appkeys.SHIPPER].queued:
             await asyncio.sleep(0.05)
 
 

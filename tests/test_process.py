@@ -184,6 +184,46 @@ async def test_idle_memory_and_start_on_an_existing_data_folder(tmp_path: Path, 
     assert memory < 70
 
 
+async def test_a_killed_gateway_loses_no_usage(
+    database_url: str, redis_url: str, tmp_path: Path, figure: Callable[[str], None]
+) -> None:
+    """Finished requests that had not reached Postgres, and streams that were open: a row for each after a restart."""
+    environ = {"DATABASE_URL": database_url, "REDIS_URL": redis_url, "GATEWAY_DATA_DIR": str(tmp_path)}
+    async with serving(environ, coverage=False) as served:
+        headers = {"Authorization": f"Bearer {await new_key(served)}"}
+        async with aiohttp.ClientSession(headers=headers) as client:
+            url = f"{served.base_url}/chat/completions"
+            open_streams = [
+                await client.post(url, json=chat_body("mock-gpt?case=long&pace_ms=10", stream=True)) for _ in range(5)
+            ]
+            for response in open_streams:
+                await response.content.readany()
+
+            async def one() -> str:
+                async with client.post(url, json=chat_body("mock-claude", stream=True)) as response:
+                    assert (await response.text()).endswith("data: [DONE]\n\n")
+                    return response.headers["X-Request-Id"]
+
+            ended = set(await asyncio.gather(*(one() for _ in range(40))))
+            served.process.kill()
+            await served.process.wait()
+            begun = ended | {response.headers["X-Request-Id"] for response in open_streams}
+    async with serving(environ) as served:
+        connection = await asyncpg.connect(database_url)
+        try:
+            async with asyncio.timeout(15):
+                while await connection.fetchval("select count(*) from usage") < len(begun):
+                    await asyncio.sleep(0.1)
+            rows = await connection.fetch("select request_id::text, outcome, completion_tokens from usage")
+        finally:
+            await connection.close()
+    assert sorted(row["request_id"] for row in rows) == sorted(begun)
+    outcomes = {row["request_id"]: row["outcome"] for row in rows}
+    assert {outcomes[request_id] for request_id in ended} == {"ok"}
+    assert {outcomes[request_id] for request_id in begun - ended} == {"interrupted"}
+    figure(f"kill -9: {len(ended)} ended and {len(begun - ended)} open, {len(rows)} rows after the restart")
+
+
 async def test_two_processes_share_keys_limits_and_usage(database_url: str, redis_url: str) -> None:
     environ = {"DATABASE_URL": database_url, "REDIS_URL": redis_url}
     async with serving(environ) as one, serving(environ) as two:

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from gateway.settings import SECRETS, Settings, SettingsError, change, describe, load_routes, load_settings
+from gateway.protocol.pricing import cost_micros
+from gateway.protocol.usage import Usage
+from gateway.settings import SECRETS, Settings, SettingsError, change, describe, load_prices, load_routes, load_settings
 
 pytestmark = pytest.mark.unit
 
@@ -217,12 +219,18 @@ def operators_file(tmp_path: Path, text: str) -> dict[str, str]:
 
 
 def test_the_readmes_example_of_another_provider_works(tmp_path: Path) -> None:
-    [example] = re.findall(r"```toml\n(.*?)```", README.read_text(), re.DOTALL)
+    example = "\n".join(re.findall(r"```toml\n(.*?)```", README.read_text(), re.DOTALL))
     environ = {**operators_file(tmp_path, example), "GROQ_API_KEY": "gsk"}
     routes = load_routes(load_settings(environ), environ)
     target = routes.resolve("fast")
     assert (target.provider.name, target.model, target.credential) == ("groq", "llama-3.3-70b-versatile", "gsk")
     assert routes.resolve("llama-3.3-anything").provider.name == "groq"
+    prices = load_prices(load_settings(environ))
+    own, local = prices.price("openai", "gpt-4o-2024-08-06"), prices.price("ollama", "llama3.2")
+    assert own is not None
+    assert local is not None
+    assert cost_micros(own, Usage(1_000_000, 0)) == 2_500_000
+    assert cost_micros(local, Usage(1_000_000, 1_000_000)) == 0
 
 
 @pytest.mark.parametrize(
@@ -236,6 +244,7 @@ def test_the_readmes_example_of_another_provider_works(tmp_path: Path) -> None:
         ("[aliases]\nfast = 1\n", "aliases"),
         ('[aliases]\nfast = "fast"\n', "aliases.fast"),
         ("[providers\n", "line 1"),
+        ('[prices.openai]\n"gpt-4o" = { input = -1, output = 2 }\n', "prices.openai"),
         ("[chains]\n", "chains"),
     ],
 )
@@ -243,4 +252,5 @@ def test_a_wrong_file_is_named_with_the_key(tmp_path: Path, text: str, words: st
     environ = operators_file(tmp_path, text)
     with pytest.raises(SettingsError, match=words) as refused:
         load_routes(load_settings(environ), environ)
+        load_prices(load_settings(environ))
     assert "gateway.toml" in str(refused.value) or "providers." in str(refused.value)

@@ -7,7 +7,7 @@ import orjson
 from aiohttp import web
 
 from gateway import __version__
-from gateway.appkeys import CATALOGUE, LIMITER, METRICS, POOL, PULSE, USAGE
+from gateway.appkeys import CATALOGUE, LIMITER, METRICS, POOL, PULSE, SHIPPER
 from gateway.metrics import CONTENT_TYPE
 from gateway.protocol.errors import Unavailable
 from gateway.stores.postgres import HOT_ACQUIRE_TIMEOUT, HOT_COMMAND_TIMEOUT, Pool, connection
@@ -47,7 +47,7 @@ async def report(request: web.Request) -> web.Response:
         "uptime_seconds": round(monotonic() - _STARTED),
         "dependencies": {"postgres": postgres, "redis": "up" if app[LIMITER].state == "redis" else "down"},
         "limiter": app[LIMITER].state,
-        "usage_rows_waiting": app[USAGE].queued,
+        "usage_rows_waiting": app[SHIPPER].queued,
         "open_exchanges": app[PULSE].open_exchanges,
         "providers": {
             name: {"enabled": provider.enabled, "reachable": catalogue.reachable.get(name)}

@@ -13,7 +13,7 @@ from uuid import UUID
 import orjson
 from aiohttp import web
 
-from gateway.appkeys import POOL, USAGE
+from gateway.appkeys import POOL, SHIPPER
 from gateway.exchange import Principal
 from gateway.identity import MAX_LABEL, identify, tenant
 from gateway.protocol.checks import MAX_MODEL
@@ -48,7 +48,7 @@ async def stats(turns: Turns, request: web.Request) -> web.Response:
     body: dict[str, Any] = {
         "range": scope.range,
         "as_of": found.as_of,
-        "queued": request.config_dict[USAGE].queued,
+        "queued": request.config_dict[SHIPPER].queued,
         "totals": _figures(found.totals),
         "last_hour": _figures(found.last_hour),
         "top_models": [{"model": top.name, **_figures(top)} for top in found.top_models],
@@ -74,7 +74,7 @@ async def usage(turns: Turns, request: web.Request) -> web.Response:
     # A thousand rows are five milliseconds of work as JSON and twenty as CSV: streams would feel it.
     if form == "csv":
         return await asyncio.to_thread(_csv, page, next_cursor)
-    return await asyncio.to_thread(_page, page, next_cursor, request.config_dict[USAGE].queued)
+    return await asyncio.to_thread(_page, page, next_cursor, request.config_dict[SHIPPER].queued)
 
 
 # --- what was asked -----------------------------------------------------------------------------------------------
@@ -157,6 +157,8 @@ def _figures(figures: Figures) -> dict[str, Any]:
         "prompt_tokens": figures.prompt_tokens,
         "completion_tokens": figures.completion_tokens,
         "total_tokens": figures.total_tokens,
+        "cost_micros": figures.cost_micros,
+        "unpriced": figures.unpriced,
         "cached_tokens": figures.cached_tokens,
         "average_latency_ms": _rounded(figures.average_latency_ms),
         "average_ttft_ms": _rounded(figures.average_ttft_ms),

@@ -50,6 +50,8 @@ class Figures:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    cost_micros: int = 0  # of the rows whose price is known
+    unpriced: int = 0  # rows whose price is not
     average_latency_ms: float | None = None
     average_ttft_ms: float | None = None
 
@@ -144,6 +146,8 @@ select
     sum(prompt_tokens)::bigint as prompt_tokens,
     sum(completion_tokens)::bigint as completion_tokens,
     sum(cached_tokens)::bigint as cached_tokens,
+    coalesce(sum(cost_micros), 0)::bigint as cost_micros,
+    count(*) filter (where cost_micros is null) as unpriced,
     avg(latency_ms)::float8 as average_latency_ms,
     avg(ttft_ms)::float8 as average_ttft_ms
 from usage
@@ -172,7 +176,7 @@ select
     request_id::text, started_at, key_id, account_id::text, user_id, app_id, client_request_id, provider, model,
     upstream_model, stream, status, outcome, error_code, finish_reason,
     prompt_tokens, completion_tokens, cached_tokens, cache_write_tokens, reasoning_tokens, usage_source,
-    latency_ms, ttft_ms
+    latency_ms, ttft_ms, cost_micros
 from usage
 where ($1::uuid is null or account_id = $1)
   and started_at >= now() - $2::interval

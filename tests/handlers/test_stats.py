@@ -4,6 +4,7 @@ import io
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -13,13 +14,16 @@ from aiohttp import ClientResponse, web
 from aiohttp.test_utils import TestClient, TestServer
 from aiohttp.typedefs import Handler
 
-from gateway.appkeys import KEYS, POOL, USAGE
+from gateway.appkeys import KEYS, POOL, SHIPPER
 from gateway.exchange import new_id
 from gateway.handlers.stats import routes
 from gateway.protocol.errors import GatewayError
+from gateway.stores.journal import Journal
 from gateway.stores.keys import KeyStore
+from gateway.stores.ledger import write_rows
 from gateway.stores.passwords import HashingPool
-from gateway.stores.usage import UsageRow, UsageStore
+from gateway.stores.shipper import Shipper
+from gateway.stores.usage import UsageRow
 
 pytestmark = pytest.mark.integration
 
@@ -36,7 +40,7 @@ class World:
     """The two routes, an admin and two members with a key each."""
 
     client: TestClient[web.Request, web.Application]
-    store: UsageStore
+    journal: Journal
     pool: asyncpg.Pool
     admin: Person
     ann: Person
@@ -52,10 +56,7 @@ class World:
         return await response.json()
 
     async def write(self, *rows: UsageRow) -> None:
-        writer = UsageStore(self.pool)
-        for row in rows:
-            writer.record(row)
-        assert await writer.close(10) == 0
+        assert await write_rows(self.pool, rows) == len(rows)
 
 
 @web.middleware
@@ -67,7 +68,7 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 @pytest.fixture
-async def world(pool: asyncpg.Pool) -> AsyncIterator[World]:
+async def world(pool: asyncpg.Pool, tmp_path: Path) -> AsyncIterator[World]:
     hashing = HashingPool()
     keys = KeyStore(pool, None, pepper=b"pepper", cache_seconds=60, stale_seconds=60, hashing=hashing)
 
@@ -81,12 +82,14 @@ async def world(pool: asyncpg.Pool) -> AsyncIterator[World]:
     app = web.Application(middlewares=[errors])
     app[POOL] = pool
     app[KEYS] = keys
-    app[USAGE] = store = UsageStore(pool)
+    journal = Journal(tmp_path / "journal", fsync="never")
+    app[SHIPPER] = Shipper(pool, journal)
     app.add_routes(routes())
     async with TestClient(TestServer(app)) as client:
         people = [await person("admin", "admin"), await person("ann", "member"), await person("ben", "member")]
-        yield World(client, store, pool, *people)
+        yield World(client, journal, pool, *people)
     hashing.close()
+    journal.close()
 
 
 def row(person: Person, **changes: Any) -> UsageRow:
@@ -124,7 +127,7 @@ def row(person: Person, **changes: Any) -> UsageRow:
 async def test_stats_tell_totals_the_last_hour_top_models_and_when(world: World) -> None:
     earlier = datetime.now(UTC) - timedelta(hours=5)
     await world.write(
-        row(world.ann, latency_ms=100),
+        row(world.ann, latency_ms=100, cost_micros=1500),
         row(world.ann, latency_ms=201, outcome="upstream_error", status=502, ttft_ms=None),
         row(world.ann, latency_ms=300, outcome="client_abort", status=0, model="claude", started_at=earlier),
     )
@@ -138,6 +141,8 @@ async def test_stats_tell_totals_the_last_hour_top_models_and_when(world: World)
         "prompt_tokens": 20,
         "completion_tokens": 10,
         "total_tokens": 30,
+        "cost_micros": 1500,
+        "unpriced": 1,
         "cached_tokens": 8,
         "average_latency_ms": 150.5,
         "average_ttft_ms": 20.0,
@@ -153,6 +158,8 @@ async def test_stats_tell_totals_the_last_hour_top_models_and_when(world: World)
             "prompt_tokens": 10,
             "completion_tokens": 5,
             "total_tokens": 15,
+            "cost_micros": 0,
+            "unpriced": 1,
             "cached_tokens": 4,
             "average_latency_ms": 300.0,
             "average_ttft_ms": 20.0,
@@ -170,6 +177,8 @@ async def test_stats_tell_totals_the_last_hour_top_models_and_when(world: World)
             "prompt_tokens": 30,
             "completion_tokens": 15,
             "total_tokens": 45,
+            "cost_micros": 1500,
+            "unpriced": 2,
             "cached_tokens": 12,
             "average_latency_ms": 200.3,
             "average_ttft_ms": 20.0,
@@ -185,8 +194,8 @@ async def test_stats_of_nothing_are_zeros(world: World) -> None:
 
 
 async def test_rows_on_their_way_are_in_no_figure_but_counted(world: World) -> None:
-    world.store.record(row(world.ann))
-    world.store.record(row(world.ann))
+    world.journal.end(row(world.ann))
+    world.journal.end(row(world.ann))
     stats = await world.json("/api/stats", world.ann)
     assert (stats["queued"], stats["totals"]["requests"]) == (2, 0)
 
@@ -236,7 +245,7 @@ async def test_groups_are_named_by_what_they_are_grouped_by(world: World) -> Non
 
 
 async def test_a_row_is_told_with_every_column_and_the_prefix_of_its_key(world: World) -> None:
-    one = row(world.ann, user_id="u", client_request_id="theirs", ttft_ms=None)
+    one = row(world.ann, user_id="u", client_request_id="theirs", ttft_ms=None, cost_micros=2500)
     await world.write(one)
     answer = await world.json("/api/usage", world.ann)
     assert (answer["next_cursor"], answer["queued"]) == (None, 0)
@@ -266,6 +275,7 @@ async def test_a_row_is_told_with_every_column_and_the_prefix_of_its_key(world: 
         "usage_source": "provider",
         "latency_ms": 100,
         "ttft_ms": None,
+        "cost_micros": 2500,
     }
 
 

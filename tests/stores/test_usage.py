@@ -1,14 +1,8 @@
-import asyncio
-import logging
 import random
-from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from time import monotonic, perf_counter
+from time import monotonic
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
 import asyncpg
@@ -23,10 +17,9 @@ from gateway.protocol.meter import Meter
 from gateway.protocol.routing import Provider, Target
 from gateway.protocol.usage import Usage
 from gateway.stores import stats as stats_module
-from gateway.stores import usage as usage_module
+from gateway.stores.ledger import write_rows
 from gateway.stores.stats import GROUP_BY, Figures, Scope, read_rows, read_stats
-from gateway.stores.usage import BATCH, MAX_TEXT, MAX_TOKENS, UsageRow, UsageStore, row_of, storable
-from tests.support.proxy import proxied_postgres
+from gateway.stores.usage import MAX_TEXT, MAX_TOKENS, UsageRow, row_of, storable
 
 pytestmark = pytest.mark.integration
 
@@ -87,59 +80,9 @@ def exchange(**changes: Any) -> Exchange:
     return record
 
 
-class Heard:
-    """What a store told its hooks."""
-
-    def __init__(self) -> None:
-        self.rows: Counter[str] = Counter()
-        self.batches: list[int] = []
-        self.errors = 0
-
-    def on_rows(self, result: str, count: int) -> None:
-        self.rows[result] += count
-        if result == "written":
-            self.batches.append(count)
-
-    def on_error(self) -> None:
-        self.errors += 1
-
-
-@pytest.fixture
-def heard() -> Heard:
-    return Heard()
-
-
-@pytest.fixture
-async def store(pool: asyncpg.Pool, heard: Heard) -> AsyncIterator[UsageStore]:
-    """A store whose writer runs."""
-    store = UsageStore(pool, on_rows=heard.on_rows, on_error=heard.on_error)
-    async with running(store):
-        yield store
-
-
-@asynccontextmanager
-async def running(store: UsageStore) -> AsyncIterator[asyncio.Task[None]]:
-    writer = asyncio.create_task(store.run())
-    try:
-        yield writer
-    finally:
-        writer.cancel()
-        await asyncio.gather(writer, return_exceptions=True)
-
-
-async def until(true: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = monotonic() + seconds
-    while not true():
-        assert monotonic() < deadline, f"not within {seconds} s"
-        await asyncio.sleep(0.01)
-
-
 async def write(pool: asyncpg.Pool, rows: list[UsageRow]) -> None:
     """Put these rows in the table."""
-    store = UsageStore(pool)
-    for one in rows:
-        store.record(one)
-    assert await store.close(10) == 0
+    assert await write_rows(pool, rows) == len(rows)
 
 
 # --- the row of an exchange ---------------------------------------------------------------------------------------
@@ -194,18 +137,14 @@ def test_numbers_that_no_column_could_hold_are_clamped() -> None:
     assert absurd.status == 0
 
 
-async def test_text_that_postgres_refuses_is_made_storable(pool: asyncpg.Pool, heard: Heard) -> None:
-    store = UsageStore(pool, on_rows=heard.on_rows)
+async def test_text_that_postgres_refuses_is_made_storable(pool: asyncpg.Pool) -> None:
+    rows = []
     for text in NASTY:
         meter = Meter([])
         meter.see("", Usage(1, 1), text)
-        store.record(
-            row_of(
-                exchange(user_id=text, app_id=text, client_request_id=text, model=text, error_code=text, meter=meter)
-            )
-        )
-    assert await store.close(10) == 0
-    assert heard.rows == {"written": len(NASTY)}
+        done = exchange(user_id=text, app_id=text, client_request_id=text, model=text, error_code=text, meter=meter)
+        rows.append(row_of(done))
+    await write(pool, rows)
     kept = {one.user_id for one in await read_rows(pool, EVERYTHING, None, 100)}
     assert kept == {storable(text) for text in NASTY}
     assert "'; drop table usage; --" in kept
@@ -222,278 +161,6 @@ def test_storable_text_is_short_has_no_nul_and_is_utf8(text: str) -> None:
 
 def test_storable_text_that_needs_no_change_is_not_changed() -> None:
     assert storable("Zürich 模型 🦙 \t\n") == "Zürich 模型 🦙 \t\n"
-
-
-# --- writing ------------------------------------------------------------------------------------------------------
-
-
-async def test_a_row_that_is_recorded_is_soon_in_the_table_with_every_column(
-    store: UsageStore, pool: asyncpg.Pool
-) -> None:
-    rows = [row(), row(ttft_ms=None, stream=False, status=0, outcome="client_abort", usage_source="estimated")]
-    started = perf_counter()
-    for one in rows:
-        store.record(one)
-    assert store.queued == 2
-    await until(lambda: store.queued == 0)
-    assert perf_counter() - started < 2
-    found = await read_rows(pool, EVERYTHING, None, 10)
-    assert sorted(found, key=lambda one: one.request_id) == sorted(rows, key=lambda one: one.request_id)
-
-
-async def test_the_row_has_exactly_the_columns_of_the_table(pool: asyncpg.Pool) -> None:
-    columns = await pool.fetch(
-        "select column_name from information_schema.columns where table_name = 'usage' order by ordinal_position"
-    )
-    assert [column["column_name"] for column in columns] == [field.name for field in fields(UsageRow)]
-
-
-async def test_rows_are_written_in_batches(store: UsageStore, heard: Heard) -> None:
-    for _ in range(2 * BATCH + 200):
-        store.record(row())
-    await until(lambda: store.queued == 0)
-    assert heard.batches == [BATCH, BATCH, 200]
-
-
-async def test_a_row_written_twice_is_one_row_and_no_failure(pool: asyncpg.Pool, heard: Heard) -> None:
-    twice = row()
-    for rows in ([twice, twice], [twice, row()]):
-        store = UsageStore(pool, on_rows=heard.on_rows)
-        for one in rows:
-            store.record(one)
-        assert await store.close(10) == 0
-    assert await pool.fetchval("select count(*) from usage") == 2
-    assert heard.rows == {"written": 4}
-
-
-@pytest.mark.parametrize("positions", [[0], [999], [0, 1, 2], [499, 500], [3, 250, 251, 700, 999]])
-async def test_rows_that_the_database_refuses_do_not_take_others_with_them(
-    store: UsageStore, heard: Heard, pool: asyncpg.Pool, positions: list[int], caplog: pytest.LogCaptureFixture
-) -> None:
-    poisons: list[dict[str, Any]] = [
-        {"user_id": "canary\0"},  # refused by the server
-        {"usage_source": "canary"},  # by a check of the table
-        {"latency_ms": 2**40},  # by asyncpg, which cannot encode it
-        {"app_id": "canary\ud800"},
-        {"account_id": "canary"},
-    ]
-    rows = [row() for _ in range(1000)]
-    for position, poison in zip(positions, poisons, strict=False):
-        rows[position] = replace(rows[position], **poison)
-    with caplog.at_level(logging.ERROR):
-        for one in rows:
-            store.record(one)
-        await until(lambda: store.queued == 0)
-    assert heard.rows == {"written": 1000 - len(positions), "failed": len(positions)}
-    assert await pool.fetchval("select count(*) from usage") == 1000 - len(positions)
-    assert heard.errors == 0
-    assert len(caplog.messages) == len(positions)
-    for message, position in zip(caplog.messages, positions, strict=True):
-        assert rows[position].request_id in message
-        assert "canary" not in message
-
-
-async def test_many_rows_a_second_pass(store: UsageStore, heard: Heard, figure: Callable[[str], None]) -> None:
-    rows = [row() for _ in range(10_000)]
-    started = perf_counter()
-    for one in rows:
-        store.record(one)
-    recorded = perf_counter()
-    await until(lambda: store.queued == 0, seconds=30)
-    seconds = perf_counter() - started
-    micros = (recorded - started) / len(rows) * 1e6
-    figure(f"usage: {len(rows) / seconds:.0f} rows a second, {micros:.2f} µs to record one")
-    assert heard.rows["written"] == len(rows)
-
-
-# --- when the database is gone ------------------------------------------------------------------------------------
-
-
-class Outage:
-    """Cuts all connections to the test's database and lets none in: what clients see of a server that went down."""
-
-    def __init__(self, database_url: str) -> None:
-        parts = urlsplit(database_url)
-        self._name = parts.path.removeprefix("/")
-        self._server = urlunsplit(parts._replace(path="/postgres"))
-
-    async def begin(self) -> None:
-        await self._run(f"alter database {self._name} allow_connections false")
-        await self._run(f"select pg_terminate_backend(pid) from pg_stat_activity where datname = '{self._name}'")
-
-    async def end(self) -> None:
-        await self._run(f"alter database {self._name} allow_connections true")
-
-    async def _run(self, statement: str) -> None:
-        admin = await asyncpg.connect(self._server)
-        try:
-            await admin.execute(statement)
-        finally:
-            await admin.close()
-
-
-async def test_rows_wait_for_a_database_that_is_gone_and_are_written_when_it_is_back(
-    store: UsageStore,
-    heard: Heard,
-    database_url: str,
-    pool: asyncpg.Pool,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(usage_module, "RETRY_LAST", 0.3)
-    store.record(row())
-    await until(lambda: store.queued == 0)
-    outage = Outage(database_url)
-    with caplog.at_level(logging.INFO, "gateway.stores.usage"):
-        await outage.begin()
-        for _ in range(BATCH + 100):
-            store.record(row())
-        await until(lambda: heard.errors >= 3)
-        assert store.queued == BATCH + 100
-        await outage.end()
-        await until(lambda: store.queued == 0)
-    assert await pool.fetchval("select count(*) from usage") == BATCH + 101
-    assert heard.rows == {"written": BATCH + 101}
-    said = [record.levelname for record in caplog.records if record.name == "gateway.stores.usage"]
-    assert said == ["ERROR", "INFO"], "one word at its begin, one at its end"
-
-
-async def test_an_error_that_is_no_fault_of_the_rows_costs_none_of_them(
-    store: UsageStore, heard: Heard, pool: asyncpg.Pool
-) -> None:
-    await pool.execute("alter table usage rename to gone")
-    store.record(row())
-    await until(lambda: heard.errors >= 2)
-    assert store.queued == 1
-    await pool.execute("alter table gone rename to usage")
-    await until(lambda: store.queued == 0)
-    assert heard.rows == {"written": 1}
-
-
-async def test_rows_outlive_a_database_that_stalls(
-    database_url: str, heard: Heard, pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(usage_module, "PATIENCE", 0.2)
-    async with proxied_postgres(database_url) as (proxy, url), asyncpg.create_pool(url, min_size=1) as stalling:
-        store = UsageStore(stalling, on_rows=heard.on_rows, on_error=heard.on_error)
-        async with running(store):
-            proxy.stall()
-            for _ in range(10):
-                store.record(row())
-            await until(lambda: heard.errors >= 2)
-            proxy.resume()
-            await until(lambda: store.queued == 0)
-    assert heard.rows == {"written": 10}
-    assert await pool.fetchval("select count(*) from usage") == 10
-
-
-async def test_a_full_queue_drops_what_comes_and_says_so_once(
-    pool: asyncpg.Pool, heard: Heard, caplog: pytest.LogCaptureFixture
-) -> None:
-    store = UsageStore(pool, on_rows=heard.on_rows, max_queue=10)
-    with caplog.at_level(logging.ERROR):
-        for _ in range(25):
-            store.record(row())
-    assert (store.queued, heard.rows["dropped"]) == (10, 15)
-    assert len(caplog.messages) == 1
-    assert await store.close(10) == 0
-    assert heard.rows["written"] == 10
-
-
-async def test_a_writer_that_is_cancelled_in_the_middle_of_a_batch_loses_nothing_and_doubles_nothing(
-    pool: asyncpg.Pool, heard: Heard
-) -> None:
-    store = UsageStore(pool, on_rows=heard.on_rows)
-    async with locked(pool) as blocked, running(store) as writer:
-        for _ in range(BATCH):
-            store.record(row())
-        await until(blocked.is_set)
-        writer.cancel()
-        await asyncio.wait([writer], timeout=1)
-        assert writer.cancelled()
-        assert store.queued == BATCH
-    assert await store.close(10) == 0
-    assert await pool.fetchval("select count(*) from usage") == BATCH
-
-
-@asynccontextmanager
-async def locked(pool: asyncpg.Pool) -> AsyncIterator[asyncio.Event]:
-    """Nobody can write the table meanwhile; the event tells that somebody tries."""
-    blocked = asyncio.Event()
-
-    async def watch() -> None:
-        while not await pool.fetchval(
-            "select count(*) from pg_locks where not granted and relation = 'usage'::regclass"
-        ):
-            await asyncio.sleep(0.01)
-        blocked.set()
-
-    async with pool.acquire() as holder, holder.transaction():
-        await holder.execute("lock table usage in exclusive mode")
-        watcher = asyncio.create_task(watch())
-        try:
-            yield blocked
-        finally:
-            watcher.cancel()
-            await asyncio.gather(watcher, return_exceptions=True)
-
-
-# --- closing ------------------------------------------------------------------------------------------------------
-
-
-async def test_closing_writes_all_that_is_queued_beside_a_running_writer(
-    store: UsageStore, heard: Heard, pool: asyncpg.Pool
-) -> None:
-    for _ in range(3 * BATCH):
-        store.record(row())
-    assert await store.close(10) == 0
-    assert heard.rows == {"written": 3 * BATCH}
-    assert await pool.fetchval("select count(*) from usage") == 3 * BATCH
-
-
-async def test_the_writer_ends_when_the_store_is_closed(pool: asyncpg.Pool) -> None:
-    store = UsageStore(pool)
-    async with running(store) as writer:
-        await asyncio.sleep(0)
-        assert await store.close(10) == 0
-        await asyncio.wait([writer], timeout=2)
-        assert writer.done() and writer.exception() is None
-
-
-async def test_closing_gives_up_in_time_and_tells_how_many_rows_are_left(pool: asyncpg.Pool) -> None:
-    store = UsageStore(pool)
-    async with locked(pool), running(store):
-        for _ in range(7):
-            store.record(row())
-        started = perf_counter()
-        assert await store.close(0.5) == 7
-        assert perf_counter() - started < 2
-
-
-async def test_closing_gives_up_in_time_on_a_database_that_stalls(database_url: str) -> None:
-    async with proxied_postgres(database_url) as (proxy, url), asyncpg.create_pool(url, min_size=1) as stalling:
-        store = UsageStore(stalling)
-        proxy.stall()
-        store.record(row())
-        started = perf_counter()
-        assert await store.close(0.3) == 1
-        assert perf_counter() - started < 2
-        proxy.resume()
-
-
-async def test_closing_without_a_database_tells_how_many_rows_are_left(database_url: str) -> None:
-    pool = await asyncpg.create_pool(database_url, min_size=0)
-    store = UsageStore(pool)
-    store.record(row())
-    await pool.close()
-    assert await store.close(0.3) == 1
-
-
-async def test_a_row_that_comes_after_the_end_is_counted_as_dropped(pool: asyncpg.Pool, heard: Heard) -> None:
-    store = UsageStore(pool, on_rows=heard.on_rows)
-    await store.close(1)
-    store.record(row())
-    assert (store.queued, heard.rows) == (0, {"dropped": 1})
 
 
 # --- figures ------------------------------------------------------------------------------------------------------
@@ -535,6 +202,8 @@ def expect(rows: list[UsageRow], name: str = "") -> Figures:
         prompt_tokens=sum(one.prompt_tokens for one in rows),
         completion_tokens=sum(one.completion_tokens for one in rows),
         cached_tokens=sum(one.cached_tokens for one in rows),
+        cost_micros=sum(one.cost_micros or 0 for one in rows),
+        unpriced=sum(one.cost_micros is None for one in rows),
         average_latency_ms=about([one.latency_ms for one in rows]),
         average_ttft_ms=about(first),
     )

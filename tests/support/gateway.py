@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import aiohttp
@@ -45,7 +46,7 @@ class Gateway:
     async def rows(self) -> list[asyncpg.Record]:
         """Usage rows, oldest first, once all that are due are written."""
         async with asyncio.timeout(5):
-            while not self.app[appkeys.PULSE].idle or self.app[appkeys.USAGE].queued:
+            while not self.app[appkeys.PULSE].idle or self.app[appkeys.SHIPPER].queued:
                 await asyncio.sleep(0.01)
         rows: list[asyncpg.Record] = await self.app[appkeys.POOL].fetch("select * from usage order by request_id")
         return rows
@@ -61,6 +62,7 @@ async def running_gateway(
     """
     mock = Mock()
     address = await mock.start()
+    data_dir = TemporaryDirectory()
     given = {
         "DATABASE_URL": database_url,
         "REDIS_URL": redis_url,
@@ -70,6 +72,7 @@ async def running_gateway(
         "ANTHROPIC_API_KEY": "sk-operator-anthropic",
         "OLLAMA_BASE_URL": address,
         "GATEWAY_MOCK": "off",
+        "GATEWAY_DATA_DIR": data_dir.name,  # of the journal; the stores are given
         **(environ or {}),
     }
     app = make_app(load_settings(given), given)
@@ -88,6 +91,7 @@ async def running_gateway(
     finally:
         await runner.cleanup()
         await mock.stop()
+        data_dir.cleanup()
 
 
 def chat_body(model: str, text: str = "Say hello.", **more: Any) -> dict[str, Any]:

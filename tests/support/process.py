@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any
 
@@ -45,10 +46,11 @@ async def serving(environ: Mapping[str, str], *, coverage: bool = True) -> Async
     """
     passed = ["PATH", "HOME", "TMPDIR", *(["COVERAGE_PROCESS_CONFIG"] if coverage else [])]
     kept = {name: os.environ[name] for name in passed if name in os.environ}
+    data_dir = TemporaryDirectory()
     started = monotonic()
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "gateway", "serve", "--port", "0",
-        env={**kept, **environ},
+        env={**kept, "GATEWAY_DATA_DIR": data_dir.name, **environ},
         stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout is not None
@@ -64,6 +66,7 @@ async def serving(environ: Mapping[str, str], *, coverage: bool = True) -> Async
             except TimeoutError:
                 process.kill()
                 await process.wait()
+        data_dir.cleanup()
 
 
 async def new_key(served: Served, **limits: Any) -> str:

@@ -1,0 +1,214 @@
+"""What is written to Postgres of usage: the rows, their sums by hour, and the partitions both need.
+
+Rule: the sums move by the rows that a statement says it wrote, in that statement. So a batch may be written any number
+of times, by any number of processes, and is counted once.
+"""
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import fields
+from datetime import UTC, date, datetime
+from operator import attrgetter
+
+import asyncpg
+
+from gateway.stores.postgres import Connection, Pool
+from gateway.stores.usage import UsageRow
+
+PATIENCE = 5.0  # seconds for a connection, and for each statement; nobody waits for them
+
+COLUMNS = tuple(field.name for field in fields(UsageRow))
+values_of = attrgetter(*COLUMNS)
+
+
+class RowError(Exception):
+    """The database took the statement and refused what is in it. Says the class of the error, which quotes nothing."""
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+_GIVEN = """
+with given as (
+    select * from unnest(
+        $1::uuid[], $2::timestamptz[], $3::text[], $4::uuid[], $5::text[], $6::text[], $7::text[], $8::text[],
+        $9::text[], $10::text[],
+        $11::boolean[], $12::integer[], $13::text[], $14::text[], $15::text[],
+        $16::bigint[], $17::bigint[], $18::bigint[], $19::bigint[], $20::bigint[], $21::text[],
+        $22::integer[], $23::integer[], $24::bigint[]
+    ) as given (
+        request_id, started_at, key_id, account_id, user_id, app_id, client_request_id, provider,
+        model, upstream_model,
+        stream, status, outcome, error_code, finish_reason,
+        prompt_tokens, completion_tokens, cached_tokens, cache_write_tokens, reasoning_tokens, usage_source,
+        latency_ms, ttft_ms, cost_micros
+    )
+),
+"""
+
+# Ordered, so that two processes that write the same sums wait for each other and do not deadlock.
+_COUNTED = """
+counted as (
+    insert into usage_hourly as sums
+    select
+        account_id, date_trunc('hour', started_at, 'UTC') as hour, key_id, user_id, app_id, provider, model,
+        sum(sign),
+        coalesce(sum(sign) filter (where outcome not in ('ok', 'client_abort')), 0),
+        coalesce(sum(sign) filter (where outcome = 'client_abort'), 0),
+        sum(sign * prompt_tokens), sum(sign * completion_tokens), sum(sign * cached_tokens),
+        sum(sign * cache_write_tokens), sum(sign * reasoning_tokens),
+        coalesce(sum(sign * cost_micros), 0),
+        coalesce(sum(sign) filter (where cost_micros is null), 0),
+        sum(sign * latency_ms::bigint),
+        coalesce(sum(sign) filter (where outcome <> 'interrupted' or latency_ms > 0), 0),
+        coalesce(sum(sign * ttft_ms::bigint), 0),
+        coalesce(sum(sign) filter (where ttft_ms is not null), 0)
+    from moved
+    group by account_id, hour, key_id, user_id, app_id, provider, model
+    order by account_id, hour, key_id, user_id, app_id, provider, model
+    on conflict (account_id, hour, key_id, user_id, app_id, provider, model) do update set
+        requests = sums.requests + excluded.requests,
+        errors = sums.errors + excluded.errors,
+        client_aborts = sums.client_aborts + excluded.client_aborts,
+        prompt_tokens = sums.prompt_tokens + excluded.prompt_tokens,
+        completion_tokens = sums.completion_tokens + excluded.completion_tokens,
+        cached_tokens = sums.cached_tokens + excluded.cached_tokens,
+        cache_write_tokens = sums.cache_write_tokens + excluded.cache_write_tokens,
+        reasoning_tokens = sums.reasoning_tokens + excluded.reasoning_tokens,
+        cost_micros = sums.cost_micros + excluded.cost_micros,
+        unpriced = sums.unpriced + excluded.unpriced,
+        latency_ms = sums.latency_ms + excluded.latency_ms,
+        latency_count = sums.latency_count + excluded.latency_count,
+        ttft_ms = sums.ttft_ms + excluded.ttft_ms,
+        ttft_count = sums.ttft_count + excluded.ttft_count
+)
+"""
+
+_INSERT = (
+    _GIVEN  # noqa: S608 - constants alone
+    + """
+fresh as (
+    insert into usage select * from given order by request_id
+    on conflict (request_id, started_at) do nothing
+    returning *
+),
+moved as (select 1 as sign, * from fresh),
+"""
+    + _COUNTED
+    + "select request_id::text from fresh"
+)
+
+# A statement of its own: it must see rows that another process wrote while the INSERT above waited for it.
+_UPGRADE = (
+    _GIVEN  # noqa: S608 - constants alone
+    + """
+before as (
+    select usage.* from usage join given using (request_id, started_at)
+    where usage.outcome = 'interrupted' and given.outcome <> 'interrupted'
+    order by request_id
+    for update of usage
+),
+after as (
+    update usage set
+        key_id = given.key_id, account_id = given.account_id, user_id = given.user_id, app_id = given.app_id,
+        client_request_id = given.client_request_id, provider = given.provider, model = given.model,
+        upstream_model = given.upstream_model, stream = given.stream, status = given.status, outcome = given.outcome,
+        error_code = given.error_code, finish_reason = given.finish_reason,
+        prompt_tokens = given.prompt_tokens, completion_tokens = given.completion_tokens,
+        cached_tokens = given.cached_tokens, cache_write_tokens = given.cache_write_tokens,
+        reasoning_tokens = given.reasoning_tokens, usage_source = given.usage_source,
+        latency_ms = given.latency_ms, ttft_ms = given.ttft_ms, cost_micros = given.cost_micros
+    from before join given using (request_id, started_at)
+    where usage.request_id = before.request_id and usage.started_at = before.started_at
+    returning usage.*
+),
+moved as (select -1 as sign, * from before union all select 1, * from after),
+"""
+    + _COUNTED
+    + "select count(*) from after"
+)
+
+
+async def write_rows(pool: Pool, rows: Sequence[UsageRow]) -> int:
+    """Writes rows and counts them in the sums, by statements that are a transaction each; how many are new.
+
+    A row that is there already stays as it is, unless it was `interrupted` and the new one tells how it really ended.
+    Raises RowError when one of them is refused; after any other error nothing can be said, and all may be tried again.
+    """
+    async with _borrowed(pool) as connection:
+        with _refusals():
+            fresh = await connection.fetch(_INSERT, *_arrays(rows), timeout=PATIENCE)
+            if len(fresh) < len(rows):
+                await _upgrade(connection, rows, {row["request_id"] for row in fresh})
+    return len(fresh)
+
+
+async def _upgrade(connection: Connection, rows: Sequence[UsageRow], fresh: set[str]) -> None:
+    known = [row for row in rows if row.request_id not in fresh and row.outcome != "interrupted"]
+    if known:
+        await connection.fetch(_UPGRADE, *_arrays(known), timeout=PATIENCE)
+
+
+def _arrays(rows: Sequence[UsageRow]) -> list[list[object]]:
+    return [list(column) for column in zip(*map(values_of, rows), strict=True)]
+
+
+@asynccontextmanager
+async def _borrowed(pool: Pool) -> AsyncIterator[Connection]:
+    connection = await pool.acquire(timeout=PATIENCE)
+    try:
+        yield connection
+    except BaseException as error:
+        # Cancelled or out of time: the pool would ask a server that does not answer to cancel, and wait for it.
+        if not isinstance(error, Exception) or isinstance(error, TimeoutError):
+            connection.terminate()
+        raise
+    finally:
+        await pool.release(connection, timeout=PATIENCE)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except asyncpg.CheckViolationError as error:
+        if not error.constraint_name:
+            raise  # "no partition of relation": the table's fault, not the row's
+        raise RowError(type(error).__name__) from None
+    except (
+        asyncpg.DataError,  # class 22: a NUL, a number out of range
+        asyncpg.IntegrityConstraintViolationError,  # class 23: a check, a null
+        asyncpg.ProgramLimitExceededError,  # class 54: texts that no index can hold
+        ValueError,  # asyncpg could not encode an argument
+    ) as error:
+        raise RowError(type(error).__name__) from None
+
+
+# --- partitions ---------------------------------------------------------------------------------------------------
+
+
+async def make_partitions(pool: Pool, today: date | None = None) -> int:
+    """Sees that this month and the next have a partition each; how many were made.
+
+    A month without one is no loss: its rows lie in the default partition until it is made.
+    """
+    month = (today or datetime.now(UTC).date()).replace(day=1)
+    made = 0
+    async with _borrowed(pool) as connection:
+        for wanted in (month, _months_later(month, 1)):
+            made += await connection.fetchval("select make_usage_partition($1)", wanted, timeout=PATIENCE)
+    return made
+
+
+async def drop_months(pool: Pool, keep: int, today: date | None = None) -> int:
+    """Drops all rows older than `keep` whole months before this one, by partition; how many partitions those were."""
+    month = (today or datetime.now(UTC).date()).replace(day=1)
+    async with _borrowed(pool) as connection:
+        dropped: int = await connection.fetchval(
+            "select drop_usage_before($1)", _months_later(month, -keep), timeout=PATIENCE
+        )
+    return dropped
+
+
+def _months_later(month: date, count: int) -> date:
+    years, index = divmod(month.month - 1 + count, 12)
+    return date(month.year + years, index + 1, 1)
