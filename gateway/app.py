@@ -28,7 +28,7 @@ from gateway.pulse import Pulse
 from gateway.settings import Settings, SettingsError, load_prices, load_routes
 from gateway.stores.accounts import AccountStore
 from gateway.stores.journal import Journal
-from gateway.stores.keys import KeyStore, load_pepper
+from gateway.stores.keys import KeyStore, deployment_id, load_pepper
 from gateway.stores.limits import Limiter, connect_redis
 from gateway.stores.migrations import migrate
 from gateway.stores.passwords import HashingPool
@@ -155,7 +155,8 @@ def _stores(settings: Settings, routes: Routes, prices: PriceTable) -> Context:
             app[keys.ACCOUNTS] = AccountStore(pool, hashing=for_passwords)
             app[keys.KEYS] = await _key_store(settings, pool, redis, for_keys, metrics)
             app[keys.LIMITER] = _limiter(settings, redis, metrics)
-            journal = Journal(Path(settings.gateway_data_dir) / "journal", fsync=settings.gateway_fsync)
+            root = Path(settings.gateway_data_dir) / "journal" / await deployment_id(pool)
+            journal = Journal(root, fsync=settings.gateway_fsync)
             opened.callback(journal.close)
             app[keys.RECORDER] = recorder = Recorder(journal, prices.price, on_full=settings.gateway_on_journal_full)
             app[keys.SHIPPER] = _shipper(settings, pool, journal, recorder, metrics)

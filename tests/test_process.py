@@ -224,6 +224,30 @@ async def test_a_killed_gateway_loses_no_usage(
     figure(f"kill -9: {len(ended)} ended and {len(begun - ended)} open, {len(rows)} rows after the restart")
 
 
+async def test_what_was_meant_for_one_database_is_never_shipped_to_another(
+    database_url: str, empty_database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    """Two deployments in one data folder: the first is killed, the second starts, the first comes back."""
+    one = {"DATABASE_URL": database_url, "REDIS_URL": redis_url, "GATEWAY_DATA_DIR": str(tmp_path)}
+    other = {**one, "DATABASE_URL": empty_database_url}
+    async with serving(one, coverage=False) as served:
+        headers = {"Authorization": f"Bearer {await new_key(served)}"}
+        async with aiohttp.ClientSession(headers=headers) as client:
+            body = chat_body("mock-gpt?case=long&pace_ms=20", stream=True)
+            async with client.post(f"{served.base_url}/chat/completions", json=body) as response:
+                await response.content.readany()
+                served.process.kill()
+                await served.process.wait()
+    for environ, expected in ((other, 0), (one, 1)):
+        async with serving(environ):
+            await asyncio.sleep(1)  # its first look at the folder is at once
+            connection = await asyncpg.connect(environ["DATABASE_URL"])
+            try:
+                assert await connection.fetchval("select count(*) from usage") == expected
+            finally:
+                await connection.close()
+
+
 async def test_two_processes_share_keys_limits_and_usage(database_url: str, redis_url: str) -> None:
     environ = {"DATABASE_URL": database_url, "REDIS_URL": redis_url}
     async with serving(environ) as one, serving(environ) as two:

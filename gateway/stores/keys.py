@@ -319,15 +319,23 @@ def _refuse() -> NoReturn:
 
 
 _PEPPER = "key_pepper"
-_KEEP_PEPPER = "insert into secrets (name, value) values ($1, $2) on conflict (name) do nothing"
-_READ_PEPPER = "select value from secrets where name = $1"
+_KEEP = "insert into secrets (name, value) values ($1, $2) on conflict (name) do nothing"
+_READ = "select value from secrets where name = $1"
 
 
 async def load_pepper(pool: Pool, given: str) -> bytes:
     """The secret of all keys' digests: the given one, or one made once and kept in the database."""
-    if given:
-        return given.encode()
+    return given.encode() if given else await _kept(pool, _PEPPER)
+
+
+async def deployment_id(pool: Pool) -> str:
+    """What tells this database from any other, so that one folder can hold the journals of several."""
+    return (await _kept(pool, "deployment"))[:8].hex()
+
+
+async def _kept(pool: Pool, name: str) -> bytes:
+    """Random bytes that all processes on this database share; whoever asks first makes them."""
     async with connection(pool) as borrowed:
-        await borrowed.execute(_KEEP_PEPPER, _PEPPER, secrets.token_bytes(32), timeout=COMMAND_TIMEOUT)
-        pepper: bytes = await borrowed.fetchval(_READ_PEPPER, _PEPPER, timeout=COMMAND_TIMEOUT)
-    return pepper
+        await borrowed.execute(_KEEP, name, secrets.token_bytes(32), timeout=COMMAND_TIMEOUT)
+        value: bytes = await borrowed.fetchval(_READ, name, timeout=COMMAND_TIMEOUT)
+    return value
