@@ -203,6 +203,7 @@ def _shipper(settings: Settings, pool: asyncpg.Pool, journal: Journal, recorder:
     metrics.usage_queue.follow(lambda: shipper.queued)
     metrics.usage_lag_seconds.follow(lambda: shipper.lag_seconds)
     metrics.journal_bytes.follow(lambda: journal.bytes)
+    metrics.journal_dropped.follow(lambda: journal.dropped)
     return shipper
 
 

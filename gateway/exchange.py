@@ -75,4 +75,4 @@ class Exchange:
     first_byte: float = 0.0  # relay: when the model's first text passed, seconds, monotonic; 0: never
     counted_live: int = 0  # relay: completion tokens that the metrics have already
     upstream_ms: float = 0.0  # relay: from the call to the provider's last byte
-    ended: float = 0.0  # middlewares.record_usage, or middlewares.errors when no row was due: seconds, monotonic
+    ended: float = 0.0  # stores.recorder, or middlewares.errors when no row was due: seconds, monotonic

@@ -40,7 +40,7 @@ RATE_LIMITED_REASONS = (
 )
 AUTH_FAILURE_REASONS = ("missing", "invalid", "throttled", "unavailable")
 CLIENT_ABORT_PHASES = ("ttft", "stream")
-USAGE_ROW_RESULTS = ("written", "failed", "dropped")
+USAGE_ROW_RESULTS = ("written", "failed")
 INTERNAL_ERRORS = ("request", "stream", "task")
 DEPENDENCIES = ("postgres", "redis")
 
@@ -150,7 +150,7 @@ class Metrics:
     def _declare_usage(self) -> None:
         self.usage_rows = self._counter(
             "gateway_usage_rows_total",
-            "Usage rows by what became of them: written, failed (the database refused the row), dropped (no room).",
+            "Usage rows by what became of them: written, or failed (refused by the database or damaged on disk).",
             ("result",),
             USAGE_ROW_RESULTS,
         )
@@ -159,6 +159,9 @@ class Metrics:
             "gateway_usage_lag_seconds", "Age of the oldest usage row that is not in the database yet."
         ).labels()
         self.journal_bytes = self._gauge("gateway_journal_bytes", "Bytes of the usage journal on disk.").labels()
+        self.journal_dropped = self._gauge(
+            "gateway_journal_dropped_rows", "Usage rows lost since the start, because neither disk nor memory had room."
+        ).labels()
         self.cost_micros = self._counter(
             "gateway_cost_micros_total", "Micro-dollars of exchanges whose price is known.", ("model", "provider")
         )

@@ -178,7 +178,8 @@ def test_every_closed_set_is_on_the_page_before_anything_happened() -> None:
         for kind in UPSTREAM_ERROR_KINDS:
             assert value(metrics, "gateway_upstream_errors_total", provider=provider, kind=kind) == 0
         assert value(metrics, "gateway_request_duration_ms_count", provider=provider) == 0
-    for result in ("written", "failed", "dropped"):
+    assert value(metrics, "gateway_journal_dropped_rows") == 0
+    for result in ("written", "failed"):
         assert value(metrics, "gateway_usage_rows_total", result=result) == 0
     for phase in ("ttft", "stream"):
         assert value(metrics, "gateway_client_aborts_total", phase=phase) == 0

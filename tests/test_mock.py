@@ -738,9 +738,9 @@ async def test_deltas_keep_to_their_beat_without_drift(session: aiohttp.ClientSe
 
 async def test_silence_comes_before_the_headers_and_after_them(session: aiohttp.ClientSession) -> None:
     headers, first, *_ = await arrivals(session, "openai", "tokens=1&headers_ms=100&ttft_ms=150")
-    # From the request on: when the client saw the headers is no time of the mock's. uvloop's timers count milliseconds.
-    assert 0.098 <= headers < 0.5
-    assert 0.248 <= first < 1.0
+    # From the request on: when the client saw the headers is no time of the mock's.
+    assert 0.1 <= headers < 0.5
+    assert 0.25 <= first < 1.0
 
 
 async def test_split_writes_small_pieces_and_the_same_bytes(session: aiohttp.ClientSession, url: str) -> None:

@@ -684,6 +684,24 @@ async def test_a_request_that_cannot_be_accounted_is_not_sent(
     assert gateway.calls == []
 
 
+async def test_an_operator_may_rather_serve_than_account(
+    database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(journal: Journal, row: object) -> None:
+        raise JournalFull("no room")
+
+    monkeypatch.setattr(Journal, "begin", full)
+    async with (
+        running_gateway(database_url, redis_url, {"GATEWAY_ON_JOURNAL_FULL": "open"}) as gateway,
+        aiohttp.ClientSession(headers=gateway.headers) as client,
+    ):
+        async with client.post(url(gateway), json=chat_body(MODELS["openai"], stream=True)) as response:
+            assert (await read_events(response))[-1] == "[DONE]"
+        async with client.get(f"{gateway.root_url}/metrics") as response:
+            assert "gateway_journal_dropped_rows 0" in await response.text()
+        assert [row["outcome"] for row in await gateway.rows()] == ["ok"]  # its end found room
+
+
 # --- what passes and what does not --------------------------------------------------------------------------------
 
 
