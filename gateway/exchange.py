@@ -3,7 +3,7 @@
 import os
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from gateway.protocol.chat import ChatRequest
 from gateway.protocol.meter import Meter
@@ -15,6 +15,7 @@ Outcome = Literal[
     "upstream_error",
     "upstream_timeout",
     "rejected",  # the provider answered with a 4xx
+    "budget_exhausted",  # we ended the stream: nothing was left to pay for more of it
     "interrupted",  # we went down before it ended
     "gateway_error",  # a bug of ours
 ]
@@ -32,6 +33,30 @@ def new_id() -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Budget:
+    """What one payer (a key, an account, the deployment) may use; 0: no limit. Days and months are UTC's."""
+
+    tokens_per_minute: int = 0  # prompt and completion; a limit: a stream that runs is not cut for it
+    tokens_per_day: int = 0
+    cost_per_day: int = 0  # micro-dollars
+    cost_per_month: int = 0  # micro-dollars
+
+    def __bool__(self) -> bool:
+        return bool(self.tokens_per_minute or self.tokens_per_day or self.cost_per_day or self.cost_per_month)
+
+
+NO_BUDGET = Budget()
+
+
+class Reservation(Protocol):
+    """What an exchange may still use of its payers' budgets (stores/budgets.py)."""
+
+    def settle(self, tokens: int, micros: int) -> None:
+        """What it used in the end, in all; the rest goes back. Never waits and never raises; once more is nothing."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class Principal:
     """Who pays: a verified key, its owner and its limits. Frozen, cached, shared between requests."""
 
@@ -41,8 +66,13 @@ class Principal:
     account_id: str
     role: Literal["admin", "member"]
     requests_per_minute: int = 0  # 0: no limit
+    requests_per_second: float = 0.0  # a token bucket, beside the window above; 0: none
+    burst: int = 0  # requests that the bucket holds
     concurrent_requests: int = 0
     allowed_models: tuple[str, ...] = ()  # empty: all; patterns as `gpt-*`
+    budget: Budget = NO_BUDGET
+    account_budget: Budget = NO_BUDGET  # of all keys of the account together
+    drain_seconds: int = 0  # how long a provider is read on for a client that left; 0: its connection is closed
 
 
 @dataclass(slots=True)
@@ -64,6 +94,7 @@ class Exchange:
     target: Target | None = None  # handlers.chat
     model: str = ""  # handlers.chat: the model the client asked for
 
+    reservation: Reservation | None = None  # relay: when a budget covers the exchange; settled by stores.recorder
     meter: Meter | None = None  # relay, just before the provider is called
     connected: bool = False  # relay: there is a connection to the provider, so a usage row is due
     ticked: float = 0.0  # stores.recorder: when its last tick was written, seconds, monotonic

@@ -97,6 +97,9 @@ def _error_response(request: web.Request, error: GatewayError) -> web.Response:
     headers = {"Cache-Control": "no-store"}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    if not error.should_retry:
+        # https://github.com/openai/openai-python/blob/main/src/openai/_base_client.py, `_should_retry`
+        headers["x-should-retry"] = "false"
     if isinstance(error, Unauthenticated):
         headers[hdrs.WWW_AUTHENTICATE] = "Bearer"  # RFC 9110 11.6.1
     if isinstance(error, MethodNotAllowed) and error.allowed:

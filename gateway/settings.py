@@ -23,8 +23,11 @@ from gateway.protocol.routing import Provider, Routes
 Seconds = Annotated[float, Meta(gt=0, le=1e6)]
 SecondsOrNone = Annotated[float, Meta(ge=0, le=1e6)]
 Count = Annotated[int, Meta(ge=0)]
+Dollars = Annotated[float, Meta(ge=0, le=1e9)]
 
-SECRETS = frozenset({"database_url", "redis_url", "openai_api_key", "anthropic_api_key", "gateway_key_pepper"})
+SECRETS = frozenset(
+    {"database_url", "redis_url", "openai_api_key", "anthropic_api_key", "gateway_key_pepper", "gateway_audit_key"}
+)
 # What `make up` writes for scripts; sourcing that file must not stop a later start.
 _SCRIPTS = frozenset({"GATEWAY_BASE_URL", "GATEWAY_API_KEY"})
 
@@ -52,7 +55,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     database_url: Annotated[str, _doc("Postgres; empty: the embedded one in the data folder")] = ""
     redis_url: Annotated[str, _doc("Redis or Valkey; empty: the embedded one in the data folder")] = ""
     gateway_data_dir: Annotated[str, _doc("folder of the embedded servers")] = ".gateway/data"
-    gateway_config: Annotated[str, _doc("the operator's TOML file: providers, model aliases")] = ""
+    gateway_config: Annotated[
+        str, _doc("the operator's TOML file: providers, model aliases, prices, limits of routes")
+    ] = ""
 
     openai_api_key: Annotated[str, _doc("OpenAI's key")] = ""
     openai_base_url: Annotated[str, _doc("OpenAI's address, with its `/v1`")] = ""
@@ -86,12 +91,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     gateway_requests_per_minute: Annotated[Count, _doc("a new key's limit; 0: none")] = 60
     gateway_concurrent_requests: Annotated[Count, _doc("a new key's limit of requests in flight; 0: none")] = 20
     gateway_global_requests_per_minute: Annotated[Count, _doc("all keys together; 0: none")] = 0
+    gateway_global_tokens_per_minute: Annotated[Count, _doc("all keys together; 0: none")] = 0
+    gateway_global_tokens_per_day: Annotated[Count, _doc("all keys together, a day of UTC; 0: none")] = 0
+    gateway_global_cost_per_day: Annotated[Dollars, _doc("all keys together, US dollars; 0: none")] = 0
+    gateway_global_cost_per_month: Annotated[Dollars, _doc("all keys together, US dollars; 0: none")] = 0
     gateway_nodes: Annotated[
         Annotated[int, Meta(ge=1)], _doc("processes that share the limits: each grants 1/N of them while Redis is gone")
     ] = 1
     gateway_on_redis_down: Annotated[
         Literal["local", "open", "closed"],
-        _doc("limits while Redis is gone: `local` (each process its share), `open` (none), `closed` (503)"),
+        _doc("limits and budgets while Redis is gone: `local` (each process its share), `open` (none), `closed` (503)"),
     ] = "local"
 
     gateway_fsync: Annotated[
@@ -101,6 +110,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     gateway_on_journal_full: Annotated[
         Literal["closed", "open"], _doc("no room for usage on disk: `closed` refuses (503), `open` serves unaccounted")
     ] = "closed"
+    gateway_usage_copy: Annotated[
+        Literal["none", "redis"], _doc("a second copy of usage that is not in Postgres yet: `redis` survives the host")
+    ] = "none"
     gateway_keep_months: Annotated[Count, _doc("whole months of usage rows kept beside this one; 0: all")] = 0
 
     gateway_registration: Annotated[
@@ -109,6 +121,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = "open"
     gateway_key_pepper: Annotated[
         str, _doc("secret that keys' digests are made with; empty: one kept in the database")
+    ] = ""
+    gateway_audit_key: Annotated[
+        str, _doc("secret that usage rows are chained with; empty: one kept in the database, beside them")
     ] = ""
     gateway_key_cache: Annotated[Seconds, _doc("seconds that a verified key is trusted without a look-up")] = 60.0
     gateway_key_stale: Annotated[Seconds, _doc("seconds it is trusted while Postgres is gone")] = 900.0
@@ -251,9 +266,17 @@ class ProviderRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     label: str = ""
 
 
+class RateRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A `[limits."/v1/…"]` table: a token bucket for all requests to a route."""
+
+    requests_per_second: Annotated[float, Meta(gt=0, le=1e6)]
+    burst: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
+
+
 class ConfigFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     providers: dict[str, ProviderRow] = {}
     aliases: dict[str, str] = {}
+    limits: dict[str, RateRow] = {}  # by route
     prices: dict[str, dict[str, Any]] = {}  # by provider and model, USD per million tokens; checked by `price_table`
 
 
@@ -284,6 +307,18 @@ def load_prices(settings: Settings) -> PriceTable:
         return price_table(shipped, _read_own(settings).prices)
     except PricesError as error:
         raise SettingsError(f"{settings.gateway_config}: {error}") from None
+
+
+LIMITED_ROUTES = ("/v1/chat/completions",)
+
+
+def load_rates(settings: Settings) -> Mapping[str, RateRow]:
+    """The operator's limits of whole routes. Raises SettingsError."""
+    rates = _read_own(settings).limits
+    for route in rates:
+        if route not in LIMITED_ROUTES:
+            raise SettingsError(f'{settings.gateway_config}: limits."{route}": there are {", ".join(LIMITED_ROUTES)}')
+    return rates
 
 
 def _read_own(settings: Settings) -> ConfigFile:

@@ -17,6 +17,7 @@ class GatewayError(Exception):
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str | None] = "internal_error"
+    should_retry: ClassVar[bool] = True  # False: the SDKs are told not to try again by themselves
 
     def __init__(
         self,
@@ -149,6 +150,15 @@ class RateLimited(GatewayError):
     status = 429
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
+
+
+class QuotaExhausted(GatewayError):
+    """A budget is used up; `retry_after` is when it is renewed, and nobody should wait for that with a request open."""
+
+    status = 429
+    type = "insufficient_quota"
+    code = "insufficient_quota"
+    should_retry = False
 
 
 # --- ours ---------------------------------------------------------------------------------------------------------
