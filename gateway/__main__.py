@@ -51,8 +51,8 @@ def _commands() -> dict[str, tuple[str, Callable[[argparse.ArgumentParser], None
     return {
         "serve": ("run the gateway", _describe_serve),
         "mock": ("run a provider that answers without the internet", _describe_mock),
-        "users": ("list and create accounts", accounts.describe_users),
-        "keys": ("list, create and revoke keys", accounts.describe_keys),
+        "users": ("list, create and limit accounts", accounts.describe_users),
+        "keys": ("list, create, change and revoke keys", accounts.describe_keys),
         "usage": ("what was used", usage.describe_usage),
         "migrate": ("bring the database's tables up to date", _describe_migrate),
     }

@@ -27,13 +27,17 @@ from gateway.protocol.routing import Provider, Routes
 from gateway.pulse import Pulse
 from gateway.settings import Settings, SettingsError, load_prices, load_routes
 from gateway.stores.accounts import AccountStore
+from gateway.stores.chain import load_audit_key
+from gateway.stores.copy import UsageCopy
 from gateway.stores.journal import Journal
-from gateway.stores.keys import KeyStore, deployment_id, load_pepper
+from gateway.stores.keys import KeyStore
 from gateway.stores.limits import Limiter, connect_redis
 from gateway.stores.migrations import migrate
 from gateway.stores.passwords import HashingPool
 from gateway.stores.recorder import Recorder
+from gateway.stores.secrets import deployment_id, load_pepper
 from gateway.stores.shipper import Shipper
+from gateway.tokeniser import Tokeniser
 from gateway.upstream import Upstream
 
 log = logging.getLogger("gateway")
@@ -155,11 +159,7 @@ def _stores(settings: Settings, routes: Routes, prices: PriceTable) -> Context:
             app[keys.ACCOUNTS] = AccountStore(pool, hashing=for_passwords)
             app[keys.KEYS] = await _key_store(settings, pool, redis, for_keys, metrics)
             app[keys.LIMITER] = _limiter(settings, redis, metrics)
-            root = Path(settings.gateway_data_dir) / "journal" / await deployment_id(pool)
-            journal = Journal(root, fsync=settings.gateway_fsync)
-            opened.callback(journal.close)
-            app[keys.RECORDER] = recorder = Recorder(journal, prices.price, on_full=settings.gateway_on_journal_full)
-            app[keys.SHIPPER] = _shipper(settings, pool, journal, recorder, metrics)
+            await _open_usage(app, opened, settings, redis, prices)
             yield
 
     return context
@@ -191,20 +191,48 @@ def _limiter(settings: Settings, redis: Redis, metrics: Metrics) -> Limiter:
     return limiter
 
 
-def _shipper(settings: Settings, pool: asyncpg.Pool, journal: Journal, recorder: Recorder, metrics: Metrics) -> Shipper:
-    shipper = Shipper(
+async def _open_usage(
+    app: web.Application, opened: AsyncExitStack, settings: Settings, redis: Redis, prices: PriceTable
+) -> None:
+    """What becomes of usage: counted, recorded in a journal, perhaps copied, and shipped to the ledger."""
+    pool, metrics = app[keys.POOL], app[keys.METRICS]
+    root = Path(settings.gateway_data_dir) / "journal" / await deployment_id(pool)
+    journal = Journal(root, fsync=settings.gateway_fsync)
+    opened.callback(journal.close)
+    tokeniser = Tokeniser()
+    opened.push_async_callback(tokeniser.close)
+    app[keys.COPY] = copy = _copy(settings, redis, journal, metrics)
+    app[keys.PRICES] = prices
+    app[keys.RECORDER] = recorder = Recorder(
+        journal, prices.price, count=tokeniser.count, copy=copy, on_full=settings.gateway_on_journal_full
+    )
+    app[keys.SHIPPER] = shipper = Shipper(
         pool,
         journal,
         keep_months=settings.gateway_keep_months,
         on_rows=lambda result, count: metrics.usage_rows.labels(result).inc(count),
         on_error=lambda: metrics.dependency_errors.labels("postgres").inc(),
         priced=recorder.priced,
+        copy=copy,
+        key=await load_audit_key(pool, settings.gateway_audit_key),
     )
     metrics.usage_queue.follow(lambda: shipper.queued)
     metrics.usage_lag_seconds.follow(lambda: shipper.lag_seconds)
     metrics.journal_bytes.follow(lambda: journal.bytes)
     metrics.journal_dropped.follow(lambda: journal.dropped)
-    return shipper
+
+
+def _copy(settings: Settings, redis: Redis, journal: Journal, metrics: Metrics) -> UsageCopy | None:
+    if settings.gateway_usage_copy == "none":
+        return None
+    copy = UsageCopy(
+        redis,
+        journal.folder.name,
+        deployment=journal.root.name,
+        on_error=lambda kind: metrics.dependency_errors.labels("redis").inc(),
+    )
+    metrics.copy_behind.follow(lambda: copy.behind)
+    return copy
 
 
 def _providers(settings: Settings, routes: Routes) -> Context:
@@ -272,21 +300,25 @@ def _settle_memory() -> None:
 async def _tasks(app: web.Application) -> AsyncIterator[None]:
     """The long-running tasks, and what each still has to write when we stop."""
     pulse = app[keys.PULSE] = Pulse(app[keys.SETTINGS])
-    shipper, limiter = app[keys.SHIPPER], app[keys.LIMITER]
+    shipper, limiter, copy = app[keys.SHIPPER], app[keys.LIMITER], app[keys.COPY]
     work = {
         "usage shipper": shipper.run(),
         "limiter": limiter.run(),
         "key revocations": app[keys.KEYS].listen(),
         "catalogue": app[keys.CATALOGUE].run(),
         "pulse": pulse.run(),
+        **({"usage copy": copy.run()} if copy is not None else {}),
     }
     bugs = app[keys.METRICS].internal_errors.labels("task")
     tasks = [asyncio.create_task(_forever(name, task, bugs.inc)) for name, task in work.items()]
     yield
     await pulse.close()
+    await app[keys.RECORDER].close()
     left = await shipper.close(FLUSH)
     if left:
         log.warning("%d usage rows wait in the journal for the next start", left)
+    if copy is not None:
+        await copy.close()
     await limiter.close()
     for task in tasks:
         task.cancel()

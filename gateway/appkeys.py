@@ -9,9 +9,11 @@ from aiohttp import web
 from gateway.catalogue import Catalogue
 from gateway.exchange import Exchange
 from gateway.metrics import Metrics
+from gateway.protocol.pricing import PriceTable
 from gateway.pulse import Pulse
 from gateway.settings import Settings
 from gateway.stores.accounts import AccountStore
+from gateway.stores.copy import UsageCopy
 from gateway.stores.keys import KeyStore
 from gateway.stores.limits import Limiter
 from gateway.stores.recorder import Recorder
@@ -23,6 +25,8 @@ POOL = web.AppKey("POOL", asyncpg.Pool)
 ACCOUNTS = web.AppKey("ACCOUNTS", AccountStore)
 KEYS = web.AppKey("KEYS", KeyStore)
 LIMITER = web.AppKey("LIMITER", Limiter)
+PRICES = web.AppKey("PRICES", PriceTable)
+COPY = web.AppKey[UsageCopy | None]("COPY")
 RECORDER = web.AppKey("RECORDER", Recorder)
 SHIPPER = web.AppKey("SHIPPER", Shipper)
 METRICS = web.AppKey("METRICS", Metrics)

@@ -49,7 +49,15 @@ NO_BUDGET = Budget()
 
 
 class Reservation(Protocol):
-    """What an exchange may still use of its payers' budgets (stores/budgets.py)."""
+    """What an exchange may use of its payers' budgets (stores/budgets.py)."""
+
+    def used(self, tokens: int) -> bool:
+        """So many tokens of output passed. False: that is all that was granted."""
+        ...
+
+    async def more(self, tokens: int) -> bool:
+        """Asks for more, and waits for the answer. False: nothing is left."""
+        ...
 
     def settle(self, tokens: int, micros: int) -> None:
         """What it used in the end, in all; the rest goes back. Never waits and never raises; once more is nothing."""

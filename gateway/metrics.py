@@ -162,6 +162,9 @@ class Metrics:
         self.journal_dropped = self._gauge(
             "gateway_journal_dropped_rows", "Usage rows lost since the start, because neither disk nor memory had room."
         ).labels()
+        self.copy_behind = self._gauge(
+            "gateway_usage_copy_behind", "Usage rows whose second copy is not up to date; 0 also where none is kept."
+        ).labels()
         self.cost_micros = self._counter(
             "gateway_cost_micros_total", "Micro-dollars of exchanges whose price is known.", ("model", "provider")
         )

@@ -47,7 +47,7 @@ async def relay(request: web.Request, exchange: Exchange) -> web.StreamResponse:
     attempt = _Attempt(request, exchange, call)
     to_send = await _request_of(attempt.translator, chat)
     exchange.outcome = "interrupted"  # until we know better
-    attempt.begin()
+    await attempt.begin()
     started = monotonic()
     try:
         return await attempt.run(to_send, stream=chat.stream)
@@ -87,10 +87,10 @@ class _Attempt:
         self._metrics = request.config_dict[METRICS]
         self._live = self._metrics.tokens_live(exchange.model, call.target.provider.name)
 
-    def begin(self) -> None:
+    async def begin(self) -> None:
         """Raises JournalFull: what cannot be accounted is not sent."""
         self._exchange.meter = self._meter
-        self._recorder.begin(self._exchange)
+        await self._recorder.begin(self._exchange)
 
     async def run(self, to_send: UpstreamRequest, *, stream: bool) -> web.StreamResponse:
         client = Client(self._request, stream=stream)

@@ -9,21 +9,25 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import asyncpg
 import pytest
 
-from gateway import __version__, embedded
+from gateway import __version__, appkeys, embedded
 from gateway.__main__ import main
 from gateway.embedded import Embedded
 from gateway.stores import migrations
+from gateway.stores.ledger import write_rows
+from tests.support.gateway import running_gateway
+from tests.support.journal_writer import row as usage_row
 
 pytestmark = pytest.mark.integration
 
 COMMANDS = [
-    ["serve"], ["mock"], ["users"], ["users", "list"], ["users", "create"], ["keys"], ["keys", "list"],
-    ["keys", "create"], ["keys", "revoke"], ["usage"], ["migrate"],
+    ["serve"], ["mock"], ["users"], ["users", "list"], ["users", "create"], ["users", "limit"], ["keys"],
+    ["keys", "list"], ["keys", "create"], ["keys", "change"], ["keys", "revoke"], ["usage"], ["migrate"],
 ]  # fmt: skip
 
 
@@ -103,8 +107,88 @@ def test_an_account_and_a_key_are_made_listed_and_revoked(
     assert "ada@example.com" in out
 
 
+LIMITS = [
+    "--requests-per-second", "2.5", "--burst", "10", "--concurrent-requests", "5", "--tokens-per-minute", "10000",
+    "--tokens-per-day", "1000000", "--cost-per-day", "5", "--cost-per-month", "20.000001", "--drain-seconds", "30",
+]  # fmt: skip
+BUDGET = ["--tokens-per-minute", "1", "--tokens-per-day", "2", "--cost-per-day", "4.35", "--cost-per-month", "0.000001"]
+
+
+def test_limits_are_set_changed_and_shown(
+    on_stores: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("correct horse battery\n"))
+    run(capsys, "users", "create", "ada@example.com")
+    [made] = json.loads(run(capsys, "keys", "create", "ada@example.com", "laptop", *LIMITS, "--json")[1])
+    [key] = json.loads(run(capsys, "keys", "list", "--json")[1])
+    shown = {
+        option[2:].replace("-", "_"): float(value) for option, value in zip(LIMITS[::2], LIMITS[1::2], strict=True)
+    }
+    assert {name: key[name] for name in shown} == shown
+    assert key["requests_per_minute"] == 60
+
+    status, out, _ = run(capsys, "keys", "list")
+    assert status == 0
+    assert (
+        "60/min, 2.5/s, burst 10, 5 at once, 10000 tokens/min, 1000000 tokens/day, $5/day, $20.000001/month, drain 30 s"
+    ) in out
+    assert out.splitlines()[0].split() == ["id", "name", "email", "limits", "created_at", "revoked_at"]
+
+    options = ["--name", "lent", "--cost-per-day", "0", "--model", "gpt-*", "--model", "o3", "--json"]
+    [changed] = json.loads(run(capsys, "keys", "change", made["prefix"], *options)[1])
+    expected = {**key, "name": "lent", "cost_per_day": 0, "allowed_models": ["gpt-*", "o3"]}
+    assert changed == expected
+    assert json.loads(run(capsys, "keys", "list", "--json")[1]) == [expected]
+
+    [ada] = json.loads(run(capsys, "users", "limit", "Ada@example.com", *BUDGET, "--json")[1])
+    assert json.loads(run(capsys, "users", "list", "--json")[1]) == [ada]
+    assert [ada[name] for name in ("tokens_per_minute", "tokens_per_day", "cost_per_day", "cost_per_month")] == [
+        1, 2, 4.35, 0.000001,
+    ]  # fmt: skip
+    assert "1 tokens/min, 2 tokens/day, $4.35/day, $0.000001/month" in run(capsys, "users", "list")[1]
+    out = run(capsys, "users", "limit", "ada@example.com", "--tokens-per-day", "0", "--tokens-per-minute", "0")[1]
+    assert "  $4.35/day, $0.000001/month  " in out
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--cost-per-day", "0.0000001"), ("--cost-per-month", "five"), ("--tokens-per-day", "-1"), ("--burst", "1.5"),
+        ("--requests-per-second", "nan"), ("--drain-seconds", "601"), ("--requests-per-minute", "1000001"),
+    ],
+)  # fmt: skip
+def test_a_limit_that_means_nothing_is_a_usage_error(
+    capsys: pytest.CaptureFixture[str], option: str, value: str
+) -> None:
+    status, out, err = run(capsys, "keys", "create", "ada@example.com", "laptop", f"{option}={value}")
+    assert (status, out) == (2, "")
+    assert f"argument {option}: invalid {option[2:].replace('-', '_')}: " in err
+
+
+async def test_a_change_by_the_command_reaches_gateways_that_run(
+    on_stores: None, database_url: str, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with running_gateway(database_url, redis_url) as gateway:
+        keys = gateway.app[appkeys.KEYS]
+        key_id = (await keys.verify(gateway.api_key)).key_id
+        for argv in (
+            ["keys", "change", key_id, "--requests-per-minute", "7", "--cost-per-day", "5"],
+            ["users", "limit", "admin@example.com", "--tokens-per-day", "9"],
+        ):
+            assert (await asyncio.to_thread(run, capsys, *argv))[0] == 0
+        async with asyncio.timeout(5):
+            while not (await keys.verify(gateway.api_key)).account_budget:
+                await asyncio.sleep(0.01)
+        principal = await keys.verify(gateway.api_key)
+    assert (principal.requests_per_minute, principal.budget.cost_per_day) == (7, 5_000_000)
+    assert principal.account_budget.tokens_per_day == 9
+
+
 def test_what_does_not_exist_is_said_in_one_line(on_stores: None, capsys: pytest.CaptureFixture[str]) -> None:
-    for argv in (["keys", "create", "nobody@example.com", "x"], ["keys", "revoke", "aig_000000000000"]):
+    for argv in (
+        ["keys", "create", "nobody@example.com", "x"], ["keys", "revoke", "aig_000000000000"],
+        ["keys", "change", "aig_000000000000", "--burst", "1"], ["users", "limit", "nobody@example.com"],
+    ):  # fmt: skip
         status, out, err = run(capsys, *argv)
         assert (status, out) == (1, "")
         assert err.startswith("gateway: ")
@@ -114,6 +198,60 @@ def test_what_does_not_exist_is_said_in_one_line(on_stores: None, capsys: pytest
 def test_usage_of_an_empty_deployment_is_empty(on_stores: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "usage", "--since", "7d", "--group-by", "app") == (0, "(none)\n", "")
     assert run(capsys, "usage", "--json") == (0, "[]\n", "")
+
+
+@pytest.fixture
+def used(on_stores: None, database_url: str) -> None:
+    """Two requests of an app three days ago, and one of another now."""
+
+    async def write() -> None:
+        ago = datetime.now(UTC) - timedelta(days=3)
+        app = {"started_at": ago, "app_id": "web", "prompt_tokens": 30, "cached_tokens": 10, "cost_micros": 1_500_000}
+        async with asyncpg.create_pool(database_url, min_size=1) as pool:
+            await write_rows(pool, [usage_row(**app), usage_row(**app), usage_row(app_id="cli", cost_micros=None)])
+
+    asyncio.run(write())
+
+
+def test_usage_is_a_table_of_requests_tokens_and_cost(used: None, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "usage", "--since", "90h", "--group-by", "app")
+    head, web, cli = (line.split() for line in out.splitlines())
+    assert status == 0
+    told = dict(zip(head, web, strict=True))
+    assert (told["app"], told["requests"], told["errors"], told["prompt_tokens"]) == ("web", "2", "0", "60")
+    assert (told["cached_percent"], told["cost_usd"], told["unpriced"]) == ("33.3", "3.000000", "0")
+    assert (cli[0], cli[1], cli[-1]) == ("cli", "1", "1")
+
+
+def test_usage_of_a_range_is_asked_for_by_durations_or_dates(used: None, capsys: pytest.CaptureFixture[str]) -> None:
+    day = f"{datetime.now(UTC) - timedelta(days=4):%Y-%m-%d}"
+
+    def apps(*argv: str) -> set[str]:
+        return {row["app"] for row in json.loads(run(capsys, "usage", "--group-by", "app", "--json", *argv)[1])}
+
+    assert (
+        apps()
+        == apps("--since", "2d")
+        == apps("--since", f"{datetime.now(UTC) - timedelta(days=1):%Y-%m-%d}")
+        == {"cli"}
+    )
+    assert apps("--since", "1w") == apps("--since", day) == apps("--since", "all") == {"web", "cli"}
+    assert apps("--since", day, "--until", "1d") == apps("--since", "all", "--until", "1d") == {"web"}
+
+
+def test_a_range_that_means_nothing_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "usage", "--since", "yesterday")
+    assert (status, out) == (2, "")
+    assert "a duration such as 36h, 7d or 2w" in err
+
+
+def test_usage_whose_reader_has_seen_enough_ends_quietly(used: None) -> None:
+    command = [sys.executable, "-m", "gateway", "usage", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
 
 
 def test_migrate_says_what_it_applied_and_applies_it_once(

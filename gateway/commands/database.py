@@ -83,8 +83,9 @@ def with_database(settings: Settings, work: Callable[[Stores], Awaitable[Rows]])
     """What `work(stores)` gives, on a database that is up to date."""
     from gateway.app import connect_database, open_redis
     from gateway.stores.accounts import AccountStore
-    from gateway.stores.keys import KeyStore, load_pepper
+    from gateway.stores.keys import KeyStore
     from gateway.stores.passwords import HashingPool
+    from gateway.stores.secrets import load_pepper
 
     async def use(database_url: str, redis_url: str) -> Rows:
         async with AsyncExitStack() as opened:

@@ -1,33 +1,60 @@
 """`gateway usage`."""
 
 import argparse
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from gateway.commands.database import Rows, Stores, add_json, print_rows, with_database
 from gateway.settings import Settings
 
 if TYPE_CHECKING:
-    from gateway.stores.stats import Figures
+    from gateway.stores.stats import Bound, Figures
 
 
 def describe_usage(parser: argparse.ArgumentParser) -> None:
-    from gateway.stores.stats import GROUP_BY, RANGES
+    from gateway.commands.audit import describe_audit
+    from gateway.stores.stats import GROUP_BY
 
-    parser.description = "Tokens and requests of a time range, as a table or JSON."
-    parser.add_argument("--since", choices=tuple(RANGES), default="24h", help="how far back (24h)")
+    parser.description = (
+        "Requests, tokens and cost of a time range, as a table or JSON. --since and --until take a duration back from "
+        "now, such as 36h, 7d or 2w, or an RFC 3339 time or date (UTC)."
+    )
+    parser.add_argument("--since", type=_bound, default="24h", help="begin of the range, or `all` (24h)")
+    parser.add_argument("--until", type=_bound, help="end of the range (now)")
     parser.add_argument("--group-by", choices=GROUP_BY, default="model")
     add_json(parser)
     parser.set_defaults(run=_usage)
+    describe_audit(parser.add_subparsers(required=False, metavar="ACTION"))
+
+
+def _bound(text: str) -> "Bound | None":
+    from gateway.stores.stats import bound_of
+
+    try:
+        return None if text == "all" else bound_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _usage(arguments: argparse.Namespace, settings: Settings) -> int:
     from gateway.stores.stats import Scope, read_stats
 
     async def work(stores: Stores) -> Rows:
-        stats = await read_stats(stores.pool, Scope(None, arguments.since), arguments.group_by)
+        scope = Scope(None, arguments.since, arguments.until)
+        stats = await read_stats(stores.pool, scope, arguments.group_by)
         return [{arguments.group_by: group.name, **_figures(group)} for group in stats.groups]
 
-    return print_rows(with_database(settings, work), arguments.json)
+    rows = with_database(settings, work)
+    try:
+        status = print_rows(rows, arguments.json)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who reads has seen enough; the interpreter would complain again when it flushes what is left:
+        # https://docs.python.org/3/library/signal.html#note-on-sigpipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
 
 
 def _figures(group: "Figures") -> dict[str, Any]:
@@ -38,6 +65,7 @@ def _figures(group: "Figures") -> dict[str, Any]:
         "completion_tokens": group.completion_tokens,
         "total_tokens": group.total_tokens,
         "cached_tokens": group.cached_tokens,
+        "cached_percent": round(100 * group.cache_hit_rate, 1),
         "cost_usd": f"{group.cost_micros / 1e6:.6f}",
         "unpriced": group.unpriced,
     }

@@ -1,13 +1,14 @@
-"""Registration, and the keys of an account: made, listed, changed, revoked.
+"""Accounts: registered, listed, limited; and their keys: made, listed, changed, revoked.
 
 Who may grant what: an admin, anything. A member, at most the deployment's defaults for a new key; and with a key in the
-hand instead of a password, at most what that key itself may do, so that a key given away cannot widen itself.
+hand instead of a password, at most what that key itself may do, so that a key given away cannot widen itself. What all
+keys of an account may use together is for admins to say.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import orjson
 from aiohttp import web
@@ -24,14 +25,28 @@ from gateway.protocol.errors import (
 )
 from gateway.protocol.json_object import parse_object
 from gateway.settings import Settings
+from gateway.stores.accounts import Account
+from gateway.stores.key_limits import (
+    BUDGET_NAMES,
+    NO_LIMITS,
+    RANGES,
+    BudgetLimits,
+    KeyLimits,
+    budget_limits,
+    burst_of,
+    complete,
+    parse_limit,
+    shown,
+)
 from gateway.stores.key_rows import Key, KeyChanges
 
 MAX_BODY = 16 << 10  # bytes; the largest list of models fits
-MAX_LIMIT = 1_000_000  # of requests
 MAX_NAME = 100  # characters of a key's name
 MAX_MODELS = 100
 
-_KEY_PATH = "/auth/keys/{id:[0-9A-Za-z]{1,64}}"  # any other text is no id, and some no database takes
+# Any other text is no id, and some no database takes.
+_KEY_PATH = "/auth/keys/{id:[0-9A-Za-z]{1,64}}"
+_USER_PATH = "/auth/users/{id:[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}}"
 
 
 def routes() -> list[web.RouteDef]:
@@ -42,6 +57,9 @@ def routes() -> list[web.RouteDef]:
         web.get(_KEY_PATH, show_key),
         web.patch(_KEY_PATH, change_key, expect_handler=leave_expectation),
         web.delete(_KEY_PATH, revoke_key),
+        web.get("/auth/users", list_users),
+        web.get(_USER_PATH, show_user),
+        web.patch(_USER_PATH, change_user, expect_handler=leave_expectation),
     ]
 
 
@@ -59,6 +77,38 @@ async def register(request: web.Request) -> web.Response:
     return _answer({"user_id": account.id, "message": message}, status=201)
 
 
+async def list_users(request: web.Request) -> web.Response:
+    principal, _ = await identify(request)
+    users = await request.config_dict[ACCOUNTS].list(tenant(principal))
+    return _answer({"users": [_shown_user(user) for user in users]})
+
+
+async def show_user(request: web.Request) -> web.Response:
+    principal, _ = await identify(request)
+    user = await request.config_dict[ACCOUNTS].get(request.match_info["id"], tenant(principal))
+    return _answer(_shown_user(user))
+
+
+async def change_user(request: web.Request) -> web.Response:
+    principal, _ = await identify(request)
+    if principal.role != "admin":
+        raise PermissionDenied("only an admin limits accounts")
+    fields = await _read_fields(request, dict.fromkeys(BUDGET_NAMES, _limit))
+    announce = request.config_dict[KEYS].announce_account
+    user = await request.config_dict[ACCOUNTS].change(request.match_info["id"], cast(BudgetLimits, fields), announce)
+    return _answer(_shown_user(user))
+
+
+def _shown_user(user: Account) -> dict[str, Any]:
+    return {
+        "id": user.id,
+        "email": user.email,
+        "role": user.role,
+        **shown(budget_limits(user.budget)),
+        "created_at": user.created_at,
+    }
+
+
 # --- keys ---------------------------------------------------------------------------------------------------------
 
 
@@ -66,19 +116,14 @@ async def create_key(request: web.Request) -> web.Response:
     checks = {"email": _text, "password": _text, **_KEY_FIELDS}
     fields = await _read_fields(request, checks, required=("key_name",))
     account_id, grant = await _creator(request, fields.get("email"), fields.get("password"))
-    settings = request.config_dict[SETTINGS]
-    limits = {
-        "requests_per_minute": settings.gateway_requests_per_minute,
-        "concurrent_requests": settings.gateway_concurrent_requests,
-        "allowed_models": (),
-        **{name: fields[name] for name in _LIMIT_FIELDS if name in fields},
-    }
+    limits: KeyLimits = {**_defaults(request.config_dict[SETTINGS]), **_limits(fields)}
     grant.check(limits)
     key = await request.config_dict[KEYS].create(account_id, fields["key_name"], **limits)
     body = {
         "api_key": key.token,
         "prefix": key.prefix,
         "id": key.id,
+        **shown(complete(limits)),
         "message": "Keep this key now: it is not shown again.",
     }
     return _answer(body, status=201)
@@ -99,9 +144,9 @@ async def show_key(request: web.Request) -> web.Response:
 async def change_key(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
     fields = await _read_fields(request, _KEY_FIELDS)
-    limits = {name: fields[name] for name in _LIMIT_FIELDS if name in fields}
+    limits = _limits(fields)
     _grant_of(principal, request.config_dict[SETTINGS]).check(limits)
-    changes = KeyChanges(name=fields.get("key_name"), **limits)
+    changes = cast(KeyChanges, {**limits, "name": fields.get("key_name")})
     key = await request.config_dict[KEYS].change(request.match_info["id"], tenant(principal), changes)
     return _answer(_shown(key))
 
@@ -113,6 +158,18 @@ async def revoke_key(request: web.Request) -> web.Response:
     return _answer({"id": key_id, "revoked": True})
 
 
+def _limits(fields: Mapping[str, Any]) -> KeyLimits:
+    return cast(KeyLimits, {name: fields[name] for name in NO_LIMITS if name in fields})
+
+
+def _defaults(settings: Settings) -> KeyLimits:
+    """Of a new key; 0: no limit."""
+    return {
+        "requests_per_minute": settings.gateway_requests_per_minute,
+        "concurrent_requests": settings.gateway_concurrent_requests,
+    }
+
+
 def _shown(key: Key) -> dict[str, Any]:
     return {
         "id": key.id,
@@ -120,9 +177,7 @@ def _shown(key: Key) -> dict[str, Any]:
         "key_name": key.name,
         "user_id": key.account_id,
         "email": key.email,
-        "requests_per_minute": key.requests_per_minute,
-        "concurrent_requests": key.concurrent_requests,
-        "allowed_models": key.allowed_models,
+        **shown(key.limits),
         "created_at": key.created_at,
         "revoked_at": key.revoked_at,
     }
@@ -138,21 +193,26 @@ def _answer(body: Mapping[str, Any], status: int = 200) -> web.Response:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """The most that may be granted. 0 and an empty list are no limit, and so more than any."""
+    """The most that may be granted. 0, an empty list and what is missing are no limit, and so more than any."""
 
-    requests_per_minute: int = 0
-    concurrent_requests: int = 0
+    most: Mapping[str, float] = field(default_factory=dict)  # of every limit that is a number, by its name
     allowed_models: Sequence[str] = ()
 
-    def check(self, limits: Mapping[str, Any]) -> None:
+    def check(self, limits: KeyLimits) -> None:
         """Raises PermissionDenied naming the first limit that goes beyond."""
-        for name in ("requests_per_minute", "concurrent_requests"):
-            most = getattr(self, name)
-            if most and name in limits and not 0 < limits[name] <= most:
-                raise PermissionDenied(f"{name} beyond 1 to {most} is for an admin to grant", param=name)
+        wanted: Mapping[str, Any] = {**limits, **_bucket(limits)}
+        for name, most in self.most.items():
+            if most and name in wanted and not 0 < wanted[name] <= most:
+                raise PermissionDenied(f"{name} beyond {shown(self.most)[name]} is for an admin to grant", param=name)
         models = limits.get("allowed_models")
         if models is not None and self.allowed_models and not _covers(self.allowed_models, models):
             raise PermissionDenied("a key can only grant models that it may use itself", param="allowed_models")
+
+
+def _bucket(limits: KeyLimits) -> KeyLimits:
+    """What a rate that comes without a burst has for one."""
+    rate = limits.get("requests_per_second")
+    return {} if rate is None else {"burst": burst_of(rate, limits.get("burst", 0))}
 
 
 def _covers(patterns: Sequence[str], models: Sequence[str]) -> bool:
@@ -187,21 +247,24 @@ async def _creator(request: web.Request, email: str | None, password: str | None
 
 
 def _default_grant(settings: Settings) -> Grant:
-    return Grant(settings.gateway_requests_per_minute, settings.gateway_concurrent_requests)
+    return Grant(cast(Mapping[str, float], _defaults(settings)))
 
 
 def _grant_of(principal: Principal, settings: Settings) -> Grant:
     if principal.role == "admin":
         return Grant()
-    default = _default_grant(settings)
-    return Grant(
-        _lower(default.requests_per_minute, principal.requests_per_minute),
-        _lower(default.concurrent_requests, principal.concurrent_requests),
-        principal.allowed_models,
-    )
+    own: Mapping[str, float] = {
+        "requests_per_minute": principal.requests_per_minute,
+        "requests_per_second": principal.requests_per_second,
+        "burst": principal.burst,
+        "concurrent_requests": principal.concurrent_requests,
+        **cast(Mapping[str, int], budget_limits(principal.budget)),
+    }
+    default = _default_grant(settings).most
+    return Grant({name: _lower(default.get(name, 0), most) for name, most in own.items()}, principal.allowed_models)
 
 
-def _lower(one: int, other: int) -> int:
+def _lower(one: float, other: float) -> float:
     return min(one, other) if one and other else one or other
 
 
@@ -237,10 +300,10 @@ def _name(name: str, value: Any) -> str:
     return text
 
 
-def _limit(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_LIMIT:
-        raise InvalidRequest(f"invalid {name}: an integer from 0 (no limit) to {MAX_LIMIT} is required", param=name)
-    return value
+def _limit(name: str, value: Any) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRequest(f"invalid {name}: a number is required", param=name)
+    return parse_limit(name, value)
 
 
 def _models(name: str, value: Any) -> tuple[str, ...]:
@@ -254,9 +317,4 @@ def _models(name: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-_LIMIT_FIELDS: Mapping[str, Check] = {
-    "requests_per_minute": _limit,
-    "concurrent_requests": _limit,
-    "allowed_models": _models,
-}
-_KEY_FIELDS: Mapping[str, Check] = {"key_name": _name, **_LIMIT_FIELDS}
+_KEY_FIELDS: Mapping[str, Check] = {"key_name": _name, "allowed_models": _models, **dict.fromkeys(RANGES, _limit)}

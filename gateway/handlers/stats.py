@@ -3,7 +3,7 @@
 import asyncio
 import csv
 import io
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from functools import partial
@@ -18,15 +18,17 @@ from gateway.exchange import Principal
 from gateway.identity import MAX_LABEL, identify, tenant
 from gateway.protocol.checks import MAX_MODEL
 from gateway.protocol.errors import InvalidRequest
-from gateway.stores.stats import GROUP_BY, RANGES, Figures, Scope, Turns, read_rows, read_stats
-from gateway.stores.tokens import prefix_of
+from gateway.stores.stats import GROUP_BY, Bound, Figures, Scope, Stats, Turns, bound_of, read_rows, read_stats
+from gateway.stores.tokens import PREFIX, prefix_of
 from gateway.stores.usage import UsageRow
 
 MAX_ROWS = 1000  # of one page
 DEFAULT_ROWS = 100
 FORMATS = ("json", "csv")
+RANGES = ("1h", "24h", "7d", "30d", "all")
+MAX_PROVIDER = 256  # characters
 
-_FILTERS = frozenset({"range", "user", "app", "model"})
+_FILTERS = frozenset({"range", "since", "until", "user", "app", "model", "provider", "key"})
 
 
 def routes() -> list[web.RouteDef]:
@@ -40,13 +42,18 @@ async def stats(turns: Turns, request: web.Request) -> web.Response:
     Rows that are still `queued` in this process are in no figure; `as_of` is the moment that all figures are of.
     """
     principal, _ = await identify(request)
-    query = _query(request, _FILTERS | {"group_by"})
+    query = _query(request, _FILTERS | {"group_by", "format"})
+    form = _choice(query, "format", FORMATS, "json")
     group_by = _choice(query, "group_by", GROUP_BY, "")
     scope = _scope(principal, query, default_range="24h")
     async with turns.take(principal.account_id):
         found = await read_stats(request.config_dict[POOL], scope, group_by or None)
+    if form == "csv":
+        return await asyncio.to_thread(_stats_csv, found, group_by)
     body: dict[str, Any] = {
-        "range": scope.range,
+        "range": _range(query, "24h"),
+        "since": found.begin,
+        "until": found.end,
         "as_of": found.as_of,
         "queued": request.config_dict[SHIPPER].queued,
         "totals": _figures(found.totals),
@@ -73,7 +80,7 @@ async def usage(turns: Turns, request: web.Request) -> web.Response:
     next_cursor = page[-1].request_id if more else None
     # A thousand rows are five milliseconds of work as JSON and twenty as CSV: streams would feel it.
     if form == "csv":
-        return await asyncio.to_thread(_csv, page, next_cursor)
+        return await asyncio.to_thread(_rows_csv, page, next_cursor)
     return await asyncio.to_thread(_page, page, next_cursor, request.config_dict[SHIPPER].queued)
 
 
@@ -93,13 +100,45 @@ def _query(request: web.Request, known: Collection[str]) -> Mapping[str, str]:
 
 
 def _scope(principal: Principal, query: Mapping[str, str], *, default_range: str) -> Scope:
+    named = _range(query, default_range)
     return Scope(
         account_id=tenant(principal),
-        range=_choice(query, "range", RANGES, default_range),
+        since=_bound(query, "since") if named in (None, "all") else bound_of(named),
+        until=_bound(query, "until"),
         user=_text(query, "user", MAX_LABEL),
         app=_text(query, "app", MAX_LABEL),
         model=_text(query, "model", MAX_MODEL),
+        provider=_text(query, "provider", MAX_PROVIDER),
+        key=_key(query),
     )
+
+
+def _range(query: Mapping[str, str], default: str) -> str | None:
+    """One of RANGES; None: `since` and `until` say it."""
+    given = {"since", "until"} & query.keys()
+    if given and "range" in query:
+        _refuse("range", "give it, or since and until")
+    return None if given else _choice(query, "range", RANGES, default)
+
+
+def _bound(query: Mapping[str, str], name: str) -> Bound | None:
+    if name not in query:
+        return None
+    try:
+        return bound_of(query[name])
+    except ValueError as error:
+        _refuse(name, str(error))
+
+
+def _key(query: Mapping[str, str]) -> str | None:
+    """The id of a key, from that or its prefix."""
+    value = query.get("key")
+    if value is None:
+        return None
+    key_id = value.removeprefix(PREFIX)
+    if not key_id.isascii() or not key_id.isalnum() or len(key_id) > MAX_LABEL:
+        _refuse("key", f"the id of a key or its prefix {PREFIX}… is required, never the key itself")
+    return key_id
 
 
 def _choice(query: Mapping[str, str], name: str, choices: Collection[str], default: str) -> str:
@@ -160,6 +199,9 @@ def _figures(figures: Figures) -> dict[str, Any]:
         "cost_micros": figures.cost_micros,
         "unpriced": figures.unpriced,
         "cached_tokens": figures.cached_tokens,
+        "cache_write_tokens": figures.cache_write_tokens,
+        "reasoning_tokens": figures.reasoning_tokens,
+        "cache_hit_rate": round(figures.cache_hit_rate, 4),
         "average_latency_ms": _rounded(figures.average_latency_ms),
         "average_ttft_ms": _rounded(figures.average_ttft_ms),
     }
@@ -187,16 +229,29 @@ def _page(rows: list[UsageRow], next_cursor: str | None, queued: int) -> web.Res
     return _json({"data": [_row(row) for row in rows], "next_cursor": next_cursor, "queued": queued})
 
 
-def _csv(rows: list[UsageRow], next_cursor: str | None) -> web.Response:
+def _rows_csv(rows: list[UsageRow], next_cursor: str | None) -> web.Response:
+    following = {} if next_cursor is None else {"X-Next-Cursor": next_cursor}
+    return _csv("usage", [*_COLUMNS, "key", "total_tokens"], (_row(row).values() for row in rows), following)
+
+
+def _stats_csv(found: Stats, group_by: str) -> web.Response:
+    """The groups; the totals when there are none."""
+    if not group_by:
+        totals = _figures(found.totals)
+        return _csv("stats", [*totals], [totals.values()], {})
+    more = {"X-More-Groups": "true" if found.more_groups else "false"}
+    columns = [*_group(group_by, found.totals)]
+    return _csv("stats", columns, (_group(group_by, group).values() for group in found.groups), more)
+
+
+def _csv(name: str, columns: Sequence[str], rows: Iterable[Iterable[Any]], headers: Mapping[str, str]) -> web.Response:
     """RFC 4180, with a header line."""
-    headers = {"Cache-Control": "no-store", "Content-Disposition": 'attachment; filename="usage.csv"'}
-    if next_cursor is not None:
-        headers["X-Next-Cursor"] = next_cursor
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\r\n")
-    writer.writerow([*_COLUMNS, "key", "total_tokens"])
-    writer.writerows([_cell(value) for value in _row(row).values()] for row in rows)
-    return web.Response(text=out.getvalue(), content_type="text/csv", charset="utf-8", headers=headers)
+    writer.writerow(columns)
+    writer.writerows([_cell(value) for value in row] for row in rows)
+    attached = {"Cache-Control": "no-store", "Content-Disposition": f'attachment; filename="{name}.csv"'}
+    return web.Response(text=out.getvalue(), content_type="text/csv", charset="utf-8", headers={**attached, **headers})
 
 
 # What makes a spreadsheet take a cell for a formula (https://owasp.org/www-community/attacks/CSV_Injection).

@@ -1,19 +1,24 @@
 """A chat request as the client sent it, and what a dialect promises to make of it."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Protocol
 
 import orjson
 
 from gateway.protocol.checks import check_chat
 from gateway.protocol.errors import GatewayError
-from gateway.protocol.json_object import parse_object
+from gateway.protocol.json_object import edit_object, parse_object
 from gateway.protocol.routing import Target
 from gateway.protocol.usage import Usage
 
 # Bytes of a body whose reading or translation takes about a millisecond: a larger one leaves the event loop for it.
 PARSE_HERE = 1 << 17
+
+# How a request limits its answer, the newer name first. OpenAI's reasoning models refuse the older one, and many other
+# servers do not know the newer (https://platform.openai.com/docs/api-reference/chat/create).
+OutputLimit = Literal["max_completion_tokens", "max_tokens"]
+OUTPUT_LIMITS: tuple[OutputLimit, ...] = ("max_completion_tokens", "max_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,14 @@ class Translator(Protocol):
         """The end of the stream: closing chunks. Raises UpstreamError when it broke or its last word is missing."""
         ...
 
+    def cut(self, usage: Usage) -> bytes:
+        """The client's last bytes when we end the stream in its middle; nothing is fed after it. Never raises.
+
+        `length` for every choice that goes on, `usage` if the client asked for it and has none yet, and `[DONE]`: what
+        a stream looks like that reached its `max_tokens`. b"" when the client has the `[DONE]` already.
+        """
+        ...
+
     def reply(self, body: bytes) -> Reply:
         """A whole answer. Raises UpstreamBadBody when it is none."""
         ...
@@ -112,6 +125,38 @@ def parse_chat(body: bytes) -> ChatRequest:
         stream=fields.get("stream") or False,
         wants_usage=bool(options and options.get("include_usage")),
     )
+
+
+# --- how long the answer may be -----------------------------------------------------------------------------------
+
+
+def max_output(chat: ChatRequest) -> int | None:
+    """Tokens that all choices together may have at most; None when the request does not say."""
+    given = [limit for name in OUTPUT_LIMITS if (limit := chat.fields.get(name)) is not None]
+    return min(given) * _choices(chat) if given else None
+
+
+def capped(chat: ChatRequest, tokens: int, *, field: OutputLimit = "max_tokens") -> ChatRequest:
+    """The same request, asking for at most `tokens` of output in all choices together, but for one in each at least.
+
+    What it says itself is lowered and never raised; `field` is what is added when it says nothing. All other bytes
+    of the body stay.
+    """
+    limit = max(tokens // _choices(chat), 1)
+    given = [name for name in OUTPUT_LIMITS if chat.fields.get(name) is not None]
+    changes: dict[str, int] = {name: limit for name in given if chat.fields[name] > limit}
+    if not given:
+        changes[field] = limit
+    if not changes:
+        return chat
+    return replace(chat, body=edit_object(chat.body, changes), fields={**chat.fields, **changes})
+
+
+def _choices(chat: ChatRequest) -> int:
+    return chat.fields.get("n") or 1
+
+
+# --- the prompt ---------------------------------------------------------------------------------------------------
 
 
 def prompt_text(chat: ChatRequest) -> Iterator[str]:

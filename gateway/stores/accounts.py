@@ -1,14 +1,15 @@
 """Accounts: people who own keys, and their passwords. The first one is the admin."""
 
+import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
 import asyncpg
 
-from gateway.exchange import new_id
+from gateway.exchange import Budget, new_id
 from gateway.protocol.errors import (
     Conflict,
     GatewayError,
@@ -19,6 +20,7 @@ from gateway.protocol.errors import (
     Unauthenticated,
 )
 from gateway.stores.attempts import Attempts
+from gateway.stores.key_limits import BUDGET_NAMES, BudgetLimits
 from gateway.stores.passwords import PASSWORD_HASHER, HashingPool, check_password, decoy, matches
 from gateway.stores.postgres import COMMAND_TIMEOUT, Pool, connection
 
@@ -44,6 +46,7 @@ class Account:
     email: str
     role: Role
     created_at: datetime
+    budget: Budget  # of all its keys together
 
 
 class AccountStore:
@@ -58,7 +61,7 @@ class AccountStore:
     async def register(self, email: str, password: str, *, registration: Registration, address: str = "") -> Account:
         """A new account. `address` is where its owner came from; an empty one is not limited.
 
-        Raises Conflict for a known email; PermissionDenied when closed, but for the first one; RateLimited after ten
+        Raises Conflict for a known email; PermissionDenied when closed, but for the first one; RateLimited after thirty
         attempts from the address in a minute.
         """
         email = normal_email(email)
@@ -115,9 +118,31 @@ class AccountStore:
             raise NotFound(f"there is no account {email!r}", code="account_not_found", param="email")
         return found[0]
 
-    async def list(self) -> Sequence[Account]:
-        """All accounts, oldest first."""
-        return await _read_all(self._pool)
+    async def get(self, account_id: str, tenant: str | None) -> Account:
+        """`tenant` is the account that asks, None for an admin. Raises NotFound, for a foreign account too."""
+        accounts = await _read_all(self._pool, tenant, account_id)
+        if not accounts:
+            raise _unknown(account_id)
+        return accounts[0]
+
+    async def list(self, tenant: str | None = None) -> Sequence[Account]:
+        """All accounts that `tenant` may see, oldest first."""
+        return await _read_all(self._pool, tenant)
+
+    async def change(
+        self, account_id: str, limits: BudgetLimits, announce: Callable[[str], Awaitable[None]]
+    ) -> Account:
+        """The account after it; what is missing in `limits` stays. Raises NotFound.
+
+        `announce(account_id)` tells those who keep what they read of its keys (KeyStore.announce_account).
+        """
+        try:
+            account = await _update(self._pool, account_id, limits)
+        except asyncio.CancelledError:
+            await announce(account_id)  # whoever asked has left, and it may be done all the same
+            raise
+        await announce(account_id)
+        return account
 
 
 def normal_email(email: str) -> str:
@@ -133,8 +158,12 @@ def _closed() -> GatewayError:
     return PermissionDenied("registration is closed here: ask the admin for a key", code="registration_closed")
 
 
+def _unknown(account_id: str) -> GatewayError:
+    return NotFound(f"there is no account {account_id[:64]!r}", code="account_not_found")
+
+
 def _account(row: asyncpg.Record) -> Account:
-    return Account(str(row["id"]), row["email"], row["role"], row["created_at"])
+    return Account(str(row["id"]), row["email"], row["role"], row["created_at"], Budget(*row["budget"]))
 
 
 # --- SQL ----------------------------------------------------------------------------------------------------------
@@ -153,7 +182,8 @@ _INSERT = """
 insert into accounts (id, email, password_hash, role)
 select $1, $2, $3, case when exists (select from accounts) then 'member' else 'admin' end
 where $4 or not exists (select from accounts)
-returning id, email, role, created_at
+returning id, email, role, created_at,
+          array[tokens_per_minute, tokens_per_day, cost_micros_per_day, cost_micros_per_month] as budget
 """
 
 
@@ -170,7 +200,11 @@ async def _insert(pool: Pool, email: str, phc: str, registration: Registration) 
     return _account(row)
 
 
-_READ_BY_EMAIL = "select id, email, role, created_at, password_hash from accounts where email = $1"
+_READ_BY_EMAIL = """
+select id, email, role, created_at, password_hash,
+       array[tokens_per_minute, tokens_per_day, cost_micros_per_day, cost_micros_per_month] as budget
+from accounts where email = $1
+"""
 
 
 async def _read_by_email(pool: Pool, email: str) -> tuple[Account, str] | None:
@@ -179,9 +213,37 @@ async def _read_by_email(pool: Pool, email: str) -> tuple[Account, str] | None:
     return None if row is None else (_account(row), row["password_hash"])
 
 
-_READ_ALL = "select id, email, role, created_at from accounts order by created_at, id"
+_READ_ALL = """
+select id, email, role, created_at,
+       array[tokens_per_minute, tokens_per_day, cost_micros_per_day, cost_micros_per_month] as budget
+from accounts
+where ($1::uuid is null or id = $1) and ($2::uuid is null or id = $2)
+order by created_at, id
+"""
 
 
-async def _read_all(pool: Pool) -> Sequence[Account]:
+async def _read_all(pool: Pool, tenant: str | None, account_id: str | None = None) -> Sequence[Account]:
     async with connection(pool) as borrowed:
-        return [_account(row) for row in await borrowed.fetch(_READ_ALL, timeout=COMMAND_TIMEOUT)]
+        rows = await borrowed.fetch(_READ_ALL, tenant, account_id, timeout=COMMAND_TIMEOUT)
+    return [_account(row) for row in rows]
+
+
+_UPDATE = """
+update accounts
+set tokens_per_minute = coalesce($2, tokens_per_minute),
+    tokens_per_day = coalesce($3, tokens_per_day),
+    cost_micros_per_day = coalesce($4, cost_micros_per_day),
+    cost_micros_per_month = coalesce($5, cost_micros_per_month)
+where id = $1
+returning id, email, role, created_at,
+          array[tokens_per_minute, tokens_per_day, cost_micros_per_day, cost_micros_per_month] as budget
+"""
+
+
+async def _update(pool: Pool, account_id: str, limits: BudgetLimits) -> Account:
+    async with connection(pool) as borrowed:
+        columns = map(limits.get, BUDGET_NAMES)
+        row = await borrowed.fetchrow(_UPDATE, account_id, *columns, timeout=COMMAND_TIMEOUT)
+    if row is None:
+        raise _unknown(account_id)
+    return _account(row)

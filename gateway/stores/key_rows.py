@@ -11,8 +11,9 @@ from typing import NamedTuple, NoReturn
 
 import asyncpg
 
-from gateway.exchange import Principal
+from gateway.exchange import Budget, Principal
 from gateway.protocol.errors import NotFound, Unavailable
+from gateway.stores.key_limits import NO_LIMITS, KeyLimits, budget_limits, burst_of
 from gateway.stores.postgres import COMMAND_TIMEOUT, HOT_ACQUIRE_TIMEOUT, HOT_COMMAND_TIMEOUT, Pool, connection
 from gateway.stores.tokens import prefix_of
 
@@ -26,21 +27,16 @@ class Key:
     name: str
     account_id: str
     email: str  # the owner's
-    requests_per_minute: int  # 0: no limit
-    concurrent_requests: int  # 0: no limit
-    allowed_models: tuple[str, ...]  # empty: all
+    limits: KeyLimits  # all of them
+    account_budget: Budget  # of all keys of the account together
     created_at: datetime
     revoked_at: datetime | None
 
 
-@dataclass(frozen=True, slots=True)
-class KeyChanges:
-    """What to change; None leaves it as it is."""
+class KeyChanges(KeyLimits, total=False):
+    """What to change; what is missing stays as it is."""
 
-    name: str | None = None
-    requests_per_minute: int | None = None
-    concurrent_requests: int | None = None
-    allowed_models: Sequence[str] | None = None
+    name: str
 
 
 class Proofs(NamedTuple):
@@ -54,7 +50,9 @@ class Proofs(NamedTuple):
 
 _READ = """
 select k.id, k.digest, k.hash, k.revoked_at is not null as revoked, k.name, k.account_id, a.role,
-       k.requests_per_minute, k.concurrent_requests, k.allowed_models
+       k.requests_per_minute, k.requests_per_second, k.burst, k.concurrent_requests, k.allowed_models, k.drain_seconds,
+       array[k.tokens_per_minute, k.tokens_per_day, k.cost_micros_per_day, k.cost_micros_per_month] as budget,
+       array[a.tokens_per_minute, a.tokens_per_day, a.cost_micros_per_day, a.cost_micros_per_month] as account_budget
 from keys k join accounts a on a.id = k.account_id
 where k.id = any ($1::text[])
 """
@@ -74,8 +72,13 @@ def _proofs(row: asyncpg.Record) -> Proofs:
         account_id=str(row["account_id"]),
         role=row["role"],
         requests_per_minute=row["requests_per_minute"],
+        requests_per_second=row["requests_per_second"],
+        burst=burst_of(row["requests_per_second"], row["burst"]),
         concurrent_requests=row["concurrent_requests"],
         allowed_models=tuple(row["allowed_models"]),
+        budget=Budget(*row["budget"]),
+        account_budget=Budget(*row["account_budget"]),
+        drain_seconds=row["drain_seconds"],
     )
     return Proofs(row["digest"], row["hash"], row["revoked"], principal)
 
@@ -130,29 +133,30 @@ class ProofReader:
 
 
 class NewRow(NamedTuple):
-    """The columns of _INSERT, in its order."""
+    """The first columns of _INSERT, in its order."""
 
     id: str
     account_id: str
     digest: bytes
     hash: str
     name: str
-    requests_per_minute: int
-    concurrent_requests: int
-    allowed_models: Sequence[str]
 
 
+_LIMITS = tuple(NO_LIMITS)  # in the order of _INSERT and _UPDATE
 _INSERT = """
-insert into keys (id, account_id, digest, hash, name, requests_per_minute, concurrent_requests, allowed_models)
-values ($1, $2, $3, $4, $5, $6, $7, $8)
+insert into keys (id, account_id, digest, hash, name, requests_per_minute, requests_per_second, burst,
+                  concurrent_requests, allowed_models, tokens_per_minute, tokens_per_day, cost_micros_per_day,
+                  cost_micros_per_month, drain_seconds)
+values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
 """
 
 
-async def insert_key(pool: Pool, row: NewRow) -> None:
+async def insert_key(pool: Pool, row: NewRow, limits: KeyLimits) -> None:
     """Raises NotFound for an account that does not exist."""
+    columns = {**NO_LIMITS, **limits}.values()
     try:
         async with connection(pool) as borrowed:
-            await borrowed.execute(_INSERT, *row, timeout=COMMAND_TIMEOUT)
+            await borrowed.execute(_INSERT, *row, *columns, timeout=COMMAND_TIMEOUT)
     except asyncpg.ForeignKeyViolationError:
         raise NotFound("there is no such account", code="account_not_found") from None
 
@@ -161,16 +165,22 @@ _UPDATE = """
 update keys
 set name = coalesce($3, name),
     requests_per_minute = coalesce($4, requests_per_minute),
-    concurrent_requests = coalesce($5, concurrent_requests),
-    allowed_models = coalesce($6, allowed_models)
+    requests_per_second = coalesce($5, requests_per_second),
+    burst = coalesce($6, burst),
+    concurrent_requests = coalesce($7, concurrent_requests),
+    allowed_models = coalesce($8, allowed_models),
+    tokens_per_minute = coalesce($9, tokens_per_minute),
+    tokens_per_day = coalesce($10, tokens_per_day),
+    cost_micros_per_day = coalesce($11, cost_micros_per_day),
+    cost_micros_per_month = coalesce($12, cost_micros_per_month),
+    drain_seconds = coalesce($13, drain_seconds)
 where id = $1 and ($2::uuid is null or account_id = $2)
 returning id
 """
 
 
 async def update_key(pool: Pool, key_id: str, account_id: str | None, changes: KeyChanges) -> None:
-    models = None if changes.allowed_models is None else list(changes.allowed_models)
-    columns = changes.name, changes.requests_per_minute, changes.concurrent_requests, models
+    columns = map(changes.get, ("name", *_LIMITS))
     async with connection(pool) as borrowed:
         found = await borrowed.fetchval(_UPDATE, key_id, account_id, *columns, timeout=COMMAND_TIMEOUT)
     if found is None:
@@ -199,8 +209,10 @@ async def read_key(pool: Pool, key_id: str, account_id: str | None) -> Key:
 
 
 _LIST = """
-select k.id, k.name, k.account_id, a.email, k.requests_per_minute, k.concurrent_requests, k.allowed_models,
-       k.created_at, k.revoked_at
+select k.id, k.name, k.account_id, a.email, k.created_at, k.revoked_at,
+       k.requests_per_minute, k.requests_per_second, k.burst, k.concurrent_requests, k.allowed_models, k.drain_seconds,
+       array[k.tokens_per_minute, k.tokens_per_day, k.cost_micros_per_day, k.cost_micros_per_month] as budget,
+       array[a.tokens_per_minute, a.tokens_per_day, a.cost_micros_per_day, a.cost_micros_per_month] as account_budget
 from keys k join accounts a on a.id = k.account_id
 where ($1::uuid is null or k.account_id = $1) and ($2::text is null or k.id = $2)
 order by k.created_at desc, k.id
@@ -210,21 +222,42 @@ order by k.created_at desc, k.id
 async def read_keys(pool: Pool, account_id: str | None, key_id: str | None = None) -> Sequence[Key]:
     async with connection(pool) as borrowed:
         rows = await borrowed.fetch(_LIST, account_id, key_id, timeout=COMMAND_TIMEOUT)
-    return [
-        Key(
-            id=row["id"],
-            prefix=prefix_of(row["id"]),
-            name=row["name"],
-            account_id=str(row["account_id"]),
-            email=row["email"],
-            requests_per_minute=row["requests_per_minute"],
-            concurrent_requests=row["concurrent_requests"],
-            allowed_models=tuple(row["allowed_models"]),
-            created_at=row["created_at"],
-            revoked_at=row["revoked_at"],
-        )
-        for row in rows
-    ]
+    return [_key(row) for row in rows]
+
+
+def _key(row: asyncpg.Record) -> Key:
+    return Key(
+        id=row["id"],
+        prefix=prefix_of(row["id"]),
+        name=row["name"],
+        account_id=str(row["account_id"]),
+        email=row["email"],
+        limits=_limits(row),
+        account_budget=Budget(*row["account_budget"]),
+        created_at=row["created_at"],
+        revoked_at=row["revoked_at"],
+    )
+
+
+def _limits(row: asyncpg.Record) -> KeyLimits:
+    return {
+        "requests_per_minute": row["requests_per_minute"],
+        "requests_per_second": row["requests_per_second"],
+        "burst": burst_of(row["requests_per_second"], row["burst"]),
+        "concurrent_requests": row["concurrent_requests"],
+        "allowed_models": tuple(row["allowed_models"]),
+        **budget_limits(Budget(*row["budget"])),
+        "drain_seconds": row["drain_seconds"],
+    }
+
+
+_IDS = "select id from keys where account_id = $1 and revoked_at is null"
+
+
+async def key_ids(pool: Pool, account_id: str) -> Sequence[str]:
+    """Of the keys of an account that are not revoked."""
+    async with connection(pool) as borrowed:
+        return [row["id"] for row in await borrowed.fetch(_IDS, account_id, timeout=COMMAND_TIMEOUT)]
 
 
 def _unknown(key_id: str) -> NoReturn:

@@ -21,7 +21,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Unpack
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -30,9 +30,10 @@ from gateway.exchange import Principal
 from gateway.protocol.errors import Unauthenticated, Unavailable
 from gateway.stores import key_rows
 from gateway.stores.attempts import Attempts
+from gateway.stores.key_limits import KeyLimits
 from gateway.stores.key_rows import Key, KeyChanges, Proofs
 from gateway.stores.passwords import KEY_HASHER, HashingPool, matches
-from gateway.stores.postgres import COMMAND_TIMEOUT, Pool, connection
+from gateway.stores.postgres import Pool
 from gateway.stores.tokens import TOKEN_LENGTH, make_token, parse_token, prefix_of
 
 log = logging.getLogger(__name__)
@@ -216,15 +217,7 @@ class KeyStore:
 
     # --- changes --------------------------------------------------------------------------------------------------
 
-    async def create(
-        self,
-        account_id: str,
-        name: str,
-        *,
-        requests_per_minute: int,
-        concurrent_requests: int,
-        allowed_models: Sequence[str] = (),
-    ) -> NewKey:
+    async def create(self, account_id: str, name: str, **limits: Unpack[KeyLimits]) -> NewKey:
         """A new key of an account. Raises NotFound for an account that does not exist."""
         token = make_token()
         parsed = parse_token(token)
@@ -235,11 +228,8 @@ class KeyStore:
             digest=self._digest(parsed.secret),
             hash=await self._hashing.submit(lambda: KEY_HASHER.hash(token)),
             name=name,
-            requests_per_minute=requests_per_minute,
-            concurrent_requests=concurrent_requests,
-            allowed_models=list(allowed_models),
         )
-        await key_rows.insert_key(self._pool, row)
+        await key_rows.insert_key(self._pool, row, limits)
         return NewKey(token, parsed.id, prefix_of(parsed.id))
 
     async def change(self, key_id: str, account_id: str | None, changes: KeyChanges) -> Key:
@@ -269,15 +259,23 @@ class KeyStore:
         """All keys of an account, or with None of all, newest first, revoked ones too."""
         return await key_rows.read_keys(self._pool, account_id)
 
-    async def _announce(self, key_id: str) -> None:
-        self._forget(key_id)
-        if self._redis is None:
+    async def announce_account(self, account_id: str) -> None:
+        """What all its keys share was changed; heard of like a change of each. Raises Unavailable."""
+        await self._announce(*await key_rows.key_ids(self._pool, account_id))
+
+    async def _announce(self, *key_ids: str) -> None:
+        for key_id in key_ids:
+            self._forget(key_id)
+        if self._redis is None or not key_ids:
             return
         try:
-            await self._redis.publish(CHANNEL, key_id)
+            async with self._redis.pipeline(transaction=False) as channel:
+                for key_id in key_ids:
+                    channel.publish(CHANNEL, key_id)
+                await channel.execute()
         except (RedisError, OSError) as error:
-            # It is done: the other processes will see it when their trust in the key runs out.
-            log.warning("a change of %s was not announced: %s", prefix_of(key_id), type(error).__name__)
+            # It is done: the other processes will see it when their trust in the keys runs out.
+            log.warning("a change of %s was not announced: %s", prefix_of(key_ids[0]), type(error).__name__)
 
     # --- hearing of changes ---------------------------------------------------------------------------------------
 
@@ -316,26 +314,3 @@ class KeyStore:
 def _refuse() -> NoReturn:
     """One message for all: which part of a key was wrong is nobody's business."""
     raise Unauthenticated("incorrect API key provided: it is unknown, mistyped or revoked")
-
-
-_PEPPER = "key_pepper"
-_KEEP = "insert into secrets (name, value) values ($1, $2) on conflict (name) do nothing"
-_READ = "select value from secrets where name = $1"
-
-
-async def load_pepper(pool: Pool, given: str) -> bytes:
-    """The secret of all keys' digests: the given one, or one made once and kept in the database."""
-    return given.encode() if given else await _kept(pool, _PEPPER)
-
-
-async def deployment_id(pool: Pool) -> str:
-    """What tells this database from any other, so that one folder can hold the journals of several."""
-    return (await _kept(pool, "deployment"))[:8].hex()
-
-
-async def _kept(pool: Pool, name: str) -> bytes:
-    """Random bytes that all processes on this database share; whoever asks first makes them."""
-    async with connection(pool) as borrowed:
-        await borrowed.execute(_KEEP, name, secrets.token_bytes(32), timeout=COMMAND_TIMEOUT)
-        value: bytes = await borrowed.fetchval(_READ, name, timeout=COMMAND_TIMEOUT)
-    return value

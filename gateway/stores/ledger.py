@@ -12,6 +12,7 @@ from operator import attrgetter
 
 import asyncpg
 
+from gateway.stores.chain import link_drop, link_rows, transaction
 from gateway.stores.postgres import Connection, Pool
 from gateway.stores.sums import COUNTED
 from gateway.stores.usage import UsageRow
@@ -20,6 +21,7 @@ PATIENCE = 5.0  # seconds for a connection, and for each statement; nobody waits
 
 COLUMNS = tuple(field.name for field in fields(UsageRow))
 values_of = attrgetter(*COLUMNS)
+_ALL = ", ".join(COLUMNS)  # not `*`: a column that a later version adds would end the statements that are prepared
 
 
 class RowError(Exception):
@@ -57,7 +59,9 @@ fresh as (
 moved as (select 1 as sign, * from fresh),
 """
     + COUNTED
-    + "select request_id::text from fresh"
+    + "select "
+    + _ALL
+    + " from fresh"
 )
 
 # A statement of its own: it must see rows that another process wrote while the INSERT above waited for it.
@@ -87,28 +91,47 @@ after as (
 moved as (select -1 as sign, * from before union all select 1, * from after),
 """
     + COUNTED
-    + "select count(*) from after"
+    + "select "
+    + _ALL
+    + " from after"
 )
 
 
-async def write_rows(pool: Pool, rows: Sequence[UsageRow]) -> int:
-    """Writes rows and counts them in the sums, by statements that are a transaction each; how many are new.
+# A host that is gone closes no connection: without the time-out its transaction would keep the locks of the sums and of
+# the chain for hours.
+_BEGIN = "begin isolation level read committed; set local idle_in_transaction_session_timeout = '10s'"
+
+
+async def write_rows(pool: Pool, rows: Sequence[UsageRow], key: bytes | None = None) -> int:
+    """Writes rows, counts them in the sums and names them in the chain of `key` (None: in no chain); how many are new.
 
     A row that is there already stays as it is, unless it was `interrupted` and the new one tells how it really ended.
     Raises RowError when one of them is refused; after any other error nothing can be said, and all may be tried again.
     """
     async with _borrowed(pool) as connection:
-        with _refusals():
-            fresh = await connection.fetch(_INSERT, *_arrays(rows), timeout=PATIENCE)
-            if len(fresh) < len(rows):
-                await _upgrade(connection, rows, {row["request_id"] for row in fresh})
+        fresh = await _write(connection, _INSERT, rows, key)
+        if len(fresh) < len(rows):
+            there = {str(row["request_id"]) for row in fresh}
+            known = [row for row in rows if row.request_id not in there and row.outcome != "interrupted"]
+            if known:
+                await _write(connection, _UPGRADE, known, key)
     return len(fresh)
 
 
-async def _upgrade(connection: Connection, rows: Sequence[UsageRow], fresh: set[str]) -> None:
-    known = [row for row in rows if row.request_id not in fresh and row.outcome != "interrupted"]
-    if known:
-        await connection.fetch(_UPGRADE, *_arrays(known), timeout=PATIENCE)
+async def _write(
+    connection: Connection, statement: str, rows: Sequence[UsageRow], key: bytes | None
+) -> list[asyncpg.Record]:
+    """The rows that one of the two statements wrote, as they are stored.
+
+    Each is a transaction with a link of its own. Both in one would take the locks of the sums twice, so in no order,
+    and two processes would deadlock.
+    """
+    async with transaction(connection, _BEGIN, PATIENCE):
+        with _refusals():
+            written = await connection.fetch(statement, *_arrays(rows), timeout=PATIENCE)
+        if written and key is not None:
+            await link_rows(connection, key, written, replaces=statement is _UPGRADE, timeout=PATIENCE)
+    return written
 
 
 def _arrays(rows: Sequence[UsageRow]) -> list[list[object]]:
@@ -162,13 +185,16 @@ async def make_partitions(pool: Pool, today: date | None = None) -> int:
     return made
 
 
-async def drop_months(pool: Pool, keep: int, today: date | None = None) -> int:
-    """Drops all rows older than `keep` whole months before this one, by partition; how many partitions those were."""
-    month = (today or datetime.now(UTC).date()).replace(day=1)
-    async with _borrowed(pool) as connection:
-        dropped: int = await connection.fetchval(
-            "select drop_usage_before($1)", _months_later(month, -keep), timeout=PATIENCE
-        )
+async def drop_months(pool: Pool, keep: int, key: bytes | None = None, today: date | None = None) -> int:
+    """Drops all rows older than `keep` whole months before this one, by partition; how many partitions those were.
+
+    The chain of `key` says so, in the same transaction.
+    """
+    month = _months_later((today or datetime.now(UTC).date()).replace(day=1), -keep)
+    async with _borrowed(pool) as connection, transaction(connection, _BEGIN, PATIENCE):
+        dropped: int = await connection.fetchval("select drop_usage_before($1)", month, timeout=PATIENCE)
+        if key is not None:
+            await link_drop(connection, key, datetime(month.year, month.month, 1, tzinfo=UTC), timeout=PATIENCE)
     return dropped
 
 

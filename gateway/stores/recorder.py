@@ -1,6 +1,11 @@
-"""One exchange in the journal: begun before its provider is called, ended before its client has the last byte."""
+"""One exchange in the journal: begun before its provider is called, ended before its client has the last byte.
 
-from collections.abc import Callable
+What the provider did not count is counted here, of models whose vocabulary is known. An exchange that broke is ended
+when its count is in: until then a tick holds the estimate, and nobody waits. One that ends well waits a moment.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from time import monotonic
@@ -9,32 +14,51 @@ from typing import Literal
 from gateway.exchange import Exchange
 from gateway.protocol.pricing import Price, cost_micros
 from gateway.protocol.usage import Usage
+from gateway.protocol.vocabulary import Vocabulary, vocabulary_of
+from gateway.stores.copy import UsageCopy
 from gateway.stores.journal import Journal, JournalFull
 from gateway.stores.usage import UsageRow, row_of
 
 TICK = 5.0  # seconds of a stream that a killed process may leave unaccounted
+COUNTING = 5.0  # seconds that a count may take when nobody waits for it
+# Seconds that a client waits for it, by outcome: what it is told then is what the row says.
+WAITED_FOR = {"ok": 0.05, "budget_exhausted": 0.25}
 
 OnFull = Literal["closed", "open"]
+# Tokens of each text, within so many seconds; None when nobody can say (gateway/tokeniser.py).
+Count = Callable[[Sequence[str], Vocabulary, float], Awaitable[Sequence[int] | None]]
 
 
 class Recorder:
     """Writes what the relay reports. `price` gives a provider's model's price at a time, None when it is unknown."""
 
     def __init__(
-        self, journal: Journal, price: Callable[[str, str, datetime], Price | None], *, on_full: OnFull = "closed"
+        self,
+        journal: Journal,
+        price: Callable[[str, str, datetime], Price | None],
+        *,
+        count: Count | None = None,
+        copy: UsageCopy | None = None,
+        on_full: OnFull = "closed",
     ) -> None:
         self._journal = journal
+        self._copy = copy
         self._price = price
+        self._count = count
         self._on_full = on_full
+        self._counting: dict[str, asyncio.Task[None]] = {}  # exchanges that end when their count is in; see `close`
 
-    def begin(self, exchange: Exchange) -> None:
+    async def begin(self, exchange: Exchange) -> None:
         """Before anything is sent. Raises JournalFull, unless the operator would rather serve than account."""
         exchange.ticked = monotonic()
+        row = row_of(exchange)
         try:
-            self._journal.begin(row_of(exchange))
+            self._journal.begin(row)
         except JournalFull:
             if self._on_full == "closed":
                 raise
+        if self._copy is not None:
+            await self._copy.begun(row)
 
     def tick(self, exchange: Exchange) -> None:
         """While a stream runs, at every step of it; written every TICK seconds."""
@@ -47,25 +71,104 @@ class Recorder:
 
     async def settle(self, exchange: Exchange) -> None:
         """Ended, and on disk as far as the setting asks for it: now the client may have the last byte."""
-        self.end(exchange)
+        if exchange.outcome in WAITED_FOR:
+            await self.counted(exchange)
+        copied = self.end(exchange)
         await self._journal.synced()
+        if copied is not None:
+            await copied
 
-    def end(self, exchange: Exchange) -> None:
-        """The row as it now is, once; none when the provider was never reached. Never waits and never refuses."""
-        if exchange.recorded or exchange.meter is None:
-            return
-        exchange.recorded = True
+    async def counted(self, exchange: Exchange) -> None:
+        """The meter's figures are now the ones that the row will have: the provider's, counted if time allows."""
+        await self._ask(exchange, self._to_count(exchange), WAITED_FOR.get(exchange.outcome, COUNTING))
+
+    def end(self, exchange: Exchange) -> Awaitable[None] | None:
+        """The row as it now is, once; none when the provider was never reached. Never waits and never refuses.
+
+        What it gives may be awaited: then the row's second copy is there, where there is one.
+        """
+        if exchange.recorded or exchange.id in self._counting:
+            return None
+        if exchange.meter is None or not exchange.connected:
+            self._void(exchange)
+            return None
         exchange.ended = exchange.ended or monotonic()
-        if not exchange.connected:
-            self._journal.void(exchange.id)
-            return
+        texts = self._to_count(exchange)
+        if not texts:
+            return self._write(exchange)
         row = self.priced(row_of(exchange))
-        exchange.cost_micros = row.cost_micros
-        self._journal.end(row)
+        exchange.cost_micros = row.cost_micros  # of the estimate, for the log, which does not wait either
+        self._journal.tick(exchange.id, row.prompt_tokens, row.completion_tokens)
+        self._counting[exchange.id] = asyncio.create_task(self._end_counted(exchange, texts))
+        return None
+
+    @property
+    def counting(self) -> int:
+        """Exchanges that ended and whose rows are not written yet."""
+        return len(self._counting)
+
+    async def close(self, seconds: float = COUNTING) -> None:
+        """All rows are written: with their counts as far as these are in by then."""
+        if self._counting:
+            await asyncio.wait(self._counting.values(), timeout=seconds)
+        for task in self._counting.values():
+            task.cancel()
+        await asyncio.gather(*self._counting.values(), return_exceptions=True)
 
     def priced(self, row: UsageRow) -> UsageRow:
         price = self._price(row.provider, row.upstream_model, row.started_at)
         return row if price is None else replace(row, cost_micros=cost_micros(price, _usage(row)))
+
+    # --- counting
+
+    def _to_count(self, exchange: Exchange) -> list[str]:
+        """Texts that the provider did not count and the tokeniser can; none when they were asked for before."""
+        if self._count is None or exchange.meter is None or _vocabulary(exchange) is None:
+            return []
+        return exchange.meter.to_count()
+
+    async def _ask(self, exchange: Exchange, texts: list[str], seconds: float) -> None:
+        if not texts:
+            return
+        meter, vocabulary = exchange.meter, _vocabulary(exchange)
+        assert self._count is not None and meter is not None and vocabulary is not None
+        counts = await self._count(texts, vocabulary, seconds)
+        if counts is not None:
+            meter.take_counts(counts)
+
+    async def _end_counted(self, exchange: Exchange, texts: list[str]) -> None:
+        try:
+            await self._ask(exchange, texts, COUNTING)
+        finally:
+            del self._counting[exchange.id]
+            self._write(exchange)
+
+    # --- writing
+
+    def _write(self, exchange: Exchange) -> Awaitable[None] | None:
+        exchange.recorded = True
+        row = self.priced(row_of(exchange))
+        exchange.cost_micros = row.cost_micros
+        self._journal.end(row)
+        copied = self._copy.ended(row) if self._copy is not None else None
+        if exchange.reservation is not None:
+            exchange.reservation.settle(row.total_tokens, row.cost_micros or 0)
+        return copied
+
+    def _void(self, exchange: Exchange) -> None:
+        """Nothing was used; an exchange without a meter did not even begin."""
+        if exchange.meter is not None:
+            exchange.recorded = True
+            exchange.ended = exchange.ended or monotonic()
+            self._journal.void(exchange.id)
+            if self._copy is not None:
+                self._copy.forget([exchange.id])
+        if exchange.reservation is not None:
+            exchange.reservation.settle(0, 0)
+
+
+def _vocabulary(exchange: Exchange) -> Vocabulary | None:
+    return vocabulary_of(exchange.target.model) if exchange.target is not None else None
 
 
 def _usage(row: UsageRow) -> Usage:

@@ -1,4 +1,5 @@
-"""Brings usage from the journals on this machine to Postgres: our own, and those that dead processes left.
+"""Brings usage to Postgres: from our own journal, from those that dead processes left on this machine, and from the
+copies of those whose machine is gone.
 
 Rule 1: what is read of a journal counts as shipped when its transaction is committed, not before. A shipper that is
 killed in between ships it again, and the ledger counts it once.
@@ -7,19 +8,16 @@ Rule 3: while the database is gone nothing is lost: the journals keep it.
 """
 
 import asyncio
-import errno
 import logging
-import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import asdict
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import aclosing, suppress
 from itertools import islice
 from pathlib import Path
 from time import monotonic
 
-import orjson
-
+from gateway.protocol.errors import Unavailable
+from gateway.stores.copy import Page, UsageCopy
+from gateway.stores.dead_letters import DEAD_LETTERS, bury_lines, bury_rows
 from gateway.stores.journal import Journal
 from gateway.stores.ledger import RowError, drop_months, make_partitions, write_rows
 from gateway.stores.postgres import Pool
@@ -30,17 +28,19 @@ log = logging.getLogger("gateway.stores.shipper")
 
 RETRY_FIRST, RETRY_LAST = 0.1, 5.0  # seconds between attempts while the database is gone
 ADOPT_EVERY = 5.0  # seconds
+FLUSH_PATIENCE = 3.0  # seconds that `flushed` waits for a database that may be gone
 PARTITIONS_EVERY = 3600.0  # seconds; they are made a month ahead
-DEAD_LETTERS = "dead-letter.jsonl"  # in the journals' folder: a line for each row that the database refused
 
 
 class Shipper:
     """`run` is a task of the application's; `close` comes before it ends, and before the journal's.
 
     `on_rows(result, count)` hears of every row once: written, or failed (the database refused it, or the disk had
-    damaged it; it is in the dead-letter file). `on_error()` hears of every attempt that failed. `priced(row)` puts the
-    cost on a row that nobody ended. None of them may raise. `keep_months`: whole months of rows beside
-    this one; 0: all.
+    damaged it; it is in the dead-letter file). `on_error()` hears of every attempt that failed. `on_adopted(row)` hears
+    of every row of another, dead process, `interrupted` ones too, once it was written; of one that is in its journal
+    and its copy it hears twice. `priced(row)` puts the cost on a row that nobody ended. None of them may raise.
+    `keep_months`: whole months of rows beside this one; 0: all. `copy`: this process's, which is told what is shipped.
+    `key`: of the audit chain.
     """
 
     def __init__(
@@ -53,7 +53,10 @@ class Shipper:
         keep_months: int = 0,
         on_rows: Callable[[str, int], None] = lambda result, count: None,
         on_error: Callable[[], None] = lambda: None,
+        on_adopted: Callable[[UsageRow], None] = lambda row: None,
         priced: Callable[[UsageRow], UsageRow] = lambda row: row,
+        copy: UsageCopy | None = None,
+        key: bytes | None = None,
     ) -> None:
         self._pool = pool
         self._journal = journal
@@ -62,14 +65,19 @@ class Shipper:
         self._keep_months = keep_months
         self._on_rows = on_rows
         self._on_error = on_error
+        self._on_adopted = on_adopted
         self._priced = priced
+        self._copy = copy
+        self._key = key
         self._own = Tail(journal.folder)
         self._adopted: list[Tail] = []  # written by whoever holds `_working`
         self._working = asyncio.Lock()
         self._closing = asyncio.Event()
+        self._hurry = asyncio.Event()  # somebody waits: rows do not linger
         self._shipped = 0  # of the rows that our own journal ended
         self._current_as_of = monotonic()  # seconds: what was ended before is in the database
         self._adopt_at = 0.0  # seconds, monotonic
+        self._flushing: list[asyncio.Future[bool]] = []  # who waits in `flushed` for an attempt that begins later
         self._partitions_at = 0.0  # seconds, monotonic
         self._gone = False  # the last attempt failed; said once, not at every attempt
 
@@ -94,16 +102,33 @@ class Shipper:
                 await _wait(self._closing, pause)
                 pause = min(2 * pause, RETRY_LAST)
 
+    async def flushed(self) -> None:
+        """Returns when every row that our own journal has ended by now is in the database.
+
+        Raises Unavailable when that fails, or takes longer than FLUSH_PATIENCE.
+        """
+        if not self.queued:
+            return
+        attempt: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._flushing.append(attempt)
+        self._hurry.set()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FLUSH_PATIENCE):
+                if await attempt:
+                    return
+        raise Unavailable("the ledger is not up to date at the moment", retry_after=RETRY_LAST)
+
     async def close(self, timeout: float) -> int:
         """Ship what is there; how many rows of this process are left when `timeout` seconds are over.
 
         Those stay in the journal, and whoever starts next ships them.
         """
         self._closing.set()
+        self._hurry.set()
         self._journal.fresh.set()
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                while not await self._flushed():  # noqa: ASYNC110 - the database has no event for its return
+                while not await self._emptied():  # noqa: ASYNC110 - the database has no event for its return
                     await asyncio.sleep(RETRY_FIRST)
         if not self._working.locked():  # else they are free when the process ends
             for tail in self._adopted:
@@ -111,7 +136,7 @@ class Shipper:
             self._adopted.clear()
         return self.queued
 
-    async def _flushed(self) -> bool:
+    async def _emptied(self) -> bool:
         if not await self._ship_all() or self.queued:
             return False
         if self._own.idle:
@@ -121,12 +146,12 @@ class Shipper:
 
     async def _due(self) -> None:
         """Returns when there are rows to ship, or folders to look for."""
-        if not self.queued and not self._adopted:
+        if not (self.queued or self._adopted or self._flushing):
             self._journal.fresh.clear()
             await _wait(self._journal.fresh, self._adopt_at - monotonic())
             self._current_as_of = monotonic()
         if self.queued < self._batch and not self._adopted:
-            await _wait(self._closing, self._linger)
+            await _wait(self._hurry, self._linger)
 
     # --- shipping
 
@@ -135,14 +160,18 @@ class Shipper:
         async with self._working:
             started = monotonic()
             await self._see_to_partitions()
+            flushing, self._flushing = self._flushing, []
+            self._hurry.clear()
             try:
                 await self._ship_own()
+                _answer(flushing, shipped=True)
                 await self._adopt()
                 for tail in list(self._adopted):
                     await self._ship_adopted(tail)
             except Exception as error:
                 # Whatever it is, it is not shipped: it stays in the journals, and the only task that ships goes on.
                 self._failed(error)
+                _answer(flushing, shipped=False)
                 return False
             if not self._adopted:
                 self._current_as_of = started
@@ -178,11 +207,13 @@ class Shipper:
         batch = await asyncio.to_thread(tail.read, self._batch)
         if batch is not None:
             await self._ship(tail, batch)
+            self._tell_adopted(batch.rows)
             await self._remove_finished(tail)
             return
         left = tail.interrupted()
         left.rows = [self._priced(row) for row in left.rows]
         await self._ship(tail, left)
+        self._tell_adopted(left.rows)
         self._adopted.remove(tail)
         self._journal.bytes -= bytes_in(tail.folder)
         tail.remove()
@@ -191,11 +222,28 @@ class Shipper:
     async def _ship(self, tail: Tail, batch: Batch) -> None:
         for start in range(0, len(batch.rows), self._batch):
             await self._write(batch.rows[start : start + self._batch])
-        if batch.damaged:
-            await asyncio.to_thread(_bury_lines, self._dead_letters, batch.damaged)
-            self._on_rows("failed", len(batch.damaged))
-            log.error("%d damaged records in segment %d of %s", len(batch.damaged), batch.segment, tail.folder.name)
+        await self._set_aside(batch.damaged, f"segment {batch.segment} of {tail.folder.name}")
         tail.advance(batch)
+
+    async def _ship_orphans(self, copy: UsageCopy) -> None:
+        """The copies of processes whose journals nobody may ever find; those that somebody does are counted once."""
+        async with aclosing(copy.orphans()) as pages:
+            async for page in pages:
+                await self._ship_page(page)
+                if page.last:
+                    await copy.remove(page.process)
+                    log.info("the copy of a dead process is shipped")
+
+    async def _ship_page(self, page: Page) -> None:
+        rows = [self._priced(row) if row.outcome == "interrupted" else row for row in page.rows]
+        if rows:
+            await self._write(rows)
+        await self._set_aside(page.damaged, f"the copy of {page.process}")
+        self._tell_adopted(rows)
+
+    def _tell_adopted(self, rows: Iterable[UsageRow]) -> None:
+        for row in rows:
+            self._on_adopted(row)
 
     async def _remove_finished(self, tail: Tail) -> None:
         finished = tail.finished()
@@ -208,22 +256,30 @@ class Shipper:
     async def _write(self, rows: Sequence[UsageRow]) -> None:
         refused = await self._write_halves(rows)
         if refused:
-            await asyncio.to_thread(_bury_rows, self._dead_letters, refused)
+            await asyncio.to_thread(bury_rows, self._dead_letters, refused)
             self._on_rows("failed", len(refused))
             for row, error in refused:
                 # The database's own message quotes the row; the class of its error does not.
                 log.error("the database refused the usage row %s: %s", row.request_id, error)
+        if self._copy is not None:
+            self._copy.forget([row.request_id for row in rows])
 
     async def _write_halves(self, rows: Sequence[UsageRow]) -> list[tuple[UsageRow, RowError]]:
         """Writes all but those that the database refuses, which it returns."""
         try:
-            self._on_rows("written", await write_rows(self._pool, rows))
+            self._on_rows("written", await write_rows(self._pool, rows, self._key))
         except RowError as error:
             if len(rows) == 1:
                 return [(rows[0], error)]
             middle = len(rows) // 2
             return [*await self._write_halves(rows[:middle]), *await self._write_halves(rows[middle:])]
         return []
+
+    async def _set_aside(self, damaged: Sequence[bytes], where: str) -> None:
+        if damaged:
+            await asyncio.to_thread(bury_lines, self._dead_letters, damaged)
+            self._on_rows("failed", len(damaged))
+            log.error("%d damaged records in %s", len(damaged), where)
 
     @property
     def _dead_letters(self) -> Path:
@@ -238,6 +294,8 @@ class Shipper:
         for tail in await asyncio.to_thread(abandoned, self._journal.root):
             self._adopted.append(tail)
             self._journal.bytes += bytes_in(tail.folder)
+        if self._copy is not None:
+            await self._ship_orphans(self._copy)
 
     async def _see_to_partitions(self) -> None:
         """They are made ahead, and until then their rows lie in the default one: a failure is no hurry."""
@@ -247,7 +305,7 @@ class Shipper:
         try:
             await make_partitions(self._pool)
             if self._keep_months:
-                await drop_months(self._pool, self._keep_months)
+                await drop_months(self._pool, self._keep_months, self._key)
         except Exception as error:
             # Not what we are here for: nothing of it may hold up the rows.
             self._on_error()
@@ -266,6 +324,12 @@ class Shipper:
             log.info("usage is shipped again, %d rows are queued", self.queued)
 
 
+def _answer(flushing: Iterable[asyncio.Future[bool]], *, shipped: bool) -> None:
+    for attempt in flushing:
+        if not attempt.done():
+            attempt.set_result(shipped)
+
+
 def _reason(error: Exception) -> str:
     """Only the first line: what follows may quote values."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
@@ -279,29 +343,6 @@ def _remove(paths: Sequence[Path]) -> int:
             size += path.stat().st_size
             path.unlink()
     return size
-
-
-# --- dead letters -------------------------------------------------------------------------------------------------
-
-
-def _bury_rows(path: Path, refused: Sequence[tuple[UsageRow, RowError]]) -> None:
-    _bury(path, [{"error": str(error), "row": asdict(row)} for row, error in refused])
-
-
-def _bury_lines(path: Path, lines: Sequence[bytes]) -> None:
-    _bury(path, [{"error": "damaged record", "record": line.decode("latin-1")} for line in lines])
-
-
-def _bury(path: Path, letters: Sequence[dict[str, object]]) -> None:
-    at = datetime.now(UTC)
-    lines = b"".join(orjson.dumps({"at": at, **letter}) + b"\n" for letter in letters)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    try:
-        if os.write(file, lines) < len(lines):
-            raise OSError(errno.ENOSPC, "no space left on device")
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:

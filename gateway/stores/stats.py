@@ -4,14 +4,16 @@ Rule: every question names its tenant as a parameter of the SQL (`Scope.account_
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from weakref import WeakValueDictionary
 
 from gateway.protocol.errors import Unavailable
 from gateway.stores.postgres import Connection, Pool, connection
+from gateway.stores.sums import SPANS, Piece, begin_of, pieces
 from gateway.stores.usage import UsageRow
 
 QUERY_TIMEOUT = 5.0  # seconds for one statement of a question
@@ -20,14 +22,40 @@ TURN_TIMEOUT = 1.0  # seconds to wait for one's turn
 MAX_GROUPS = 1000
 TOP_MODELS = 10
 
-RANGES = {
-    "1h": timedelta(hours=1),
-    "24h": timedelta(hours=24),
-    "7d": timedelta(days=7),
-    "30d": timedelta(days=30),
-    "all": timedelta(days=36_500),
-}
-GROUP_BY = ("user", "app", "model", "provider", "key")
+HOUR = timedelta(hours=1)
+
+GROUP_BY = ("user", "app", "model", "provider", "key", "day", "hour")
+MANY = ("user", "key")  # groups that there may be thousands of
+# How far back from the end of the range a series goes. OpenAI's has 168 hours or 31 days at most:
+# https://platform.openai.com/docs/api-reference/usage
+SERIES = {"day": timedelta(days=366), "hour": timedelta(days=7)}
+
+# A moment, or how long before now it is.
+Bound = datetime | timedelta
+
+
+_DURATION = re.compile(r"(?P<count>[0-9]{1,5})(?P<unit>[mhdw])")
+_UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+# RFC 3339, 5.6; a date alone is its midnight, and a time zone may be left out. A plus that a query did not escape is a
+# space.
+_TIME = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,6})?)?(Z|[+ -]\d\d:\d\d)?)?", re.IGNORECASE)
+
+
+def bound_of(text: str) -> Bound:
+    """What `36h`, `7d`, `2w` or an RFC 3339 time or date says; UTC if it does not say. Raises ValueError, in words."""
+    words = "a duration such as 36h, 7d or 2w, or an RFC 3339 time or date is required"
+    if found := _DURATION.fullmatch(text):
+        return timedelta(**{_UNITS[found["unit"]]: int(found["count"])})
+    if not text.isascii() or not _TIME.fullmatch(text):
+        raise ValueError(words)
+    day, clock = text[:10], text[11:].replace(" ", "+").upper()
+    try:
+        moment = datetime.fromisoformat(f"{day}T{clock}" if clock else day)
+    except ValueError:
+        raise ValueError(words) from None
+    if not 1970 <= moment.year < 3000:
+        raise ValueError("a year from 1970 to 2999 is required")
+    return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,24 +63,47 @@ class Scope:
     """Which rows a question is about. `account_id` is the asker's own, from the credential; None: all (an admin)."""
 
     account_id: str | None
-    range: str = "all"  # one of RANGES, back from now
+    since: Bound | None = None  # None: from the first row
+    until: Bound | None = None  # this moment is not in it; None: to the last row
     user: str | None = None
     app: str | None = None
     model: str | None = None  # the name that clients asked for
+    provider: str | None = None
+    key: str | None = None  # its id
+
+    @property
+    def filters(self) -> tuple[str | None, ...]:
+        """$1 to $6 of every question."""
+        return self.account_id, self.user, self.app, self.model, self.provider, self.key
+
+    def moments(self, now: datetime) -> tuple[datetime | None, datetime | None]:
+        """Begin and end of the range."""
+        begin, end = (now - one if isinstance(one, timedelta) else one for one in (self.since, self.until))
+        return begin, end
+
+    def needs(self, group_by: str) -> str:
+        """What the cells that can answer have to tell apart: see usage_rollups."""
+        keys = self.account_id is not None or self.key is not None or group_by == "key"
+        models = {self.app, self.model, self.provider} != {None} or group_by in ("app", "model", "provider")
+        if self.user is None and group_by != "user":
+            return "key" if keys else "model"
+        return "all" if models or self.key is not None or group_by == "key" else "user"
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    name: str = ""  # of the group
+    name: str = ""  # of the group; of a day or hour its begin, UTC
     requests: int = 0
-    errors: int = 0  # ended neither well nor by the client's leaving
+    errors: int = 0  # ended neither well, nor by the client's leaving, nor by a budget
     client_aborts: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    cached_tokens: int = 0
+    cached_tokens: int = 0  # part of prompt_tokens
+    cache_write_tokens: int = 0  # part of prompt_tokens
+    reasoning_tokens: int = 0  # part of completion_tokens
     cost_micros: int = 0  # of the rows whose price is known
     unpriced: int = 0  # rows whose price is not
-    average_latency_ms: float | None = None
+    average_latency_ms: float | None = None  # of the rows whose end was seen
     average_ttft_ms: float | None = None
 
     @property
@@ -63,14 +114,21 @@ class Figures:
     def error_rate(self) -> float:
         return self.errors / self.requests if self.requests else 0.0
 
+    @property
+    def cache_hit_rate(self) -> float:
+        """Of the provider's prompt cache, in tokens."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Stats:
     as_of: datetime  # the database's clock; all figures are of this one moment
+    begin: datetime | None
+    end: datetime | None
     totals: Figures
     last_hour: Figures
     top_models: list[Figures]
-    groups: list[Figures]  # at most MAX_GROUPS, busiest first
+    groups: list[Figures]  # at most MAX_GROUPS, busiest first; days and hours the newest, in their order
     more_groups: bool
 
 
@@ -111,61 +169,141 @@ class Turns:
 async def read_stats(pool: Pool, scope: Scope, group_by: str | None = None) -> Stats:
     """Figures of the rows in `scope`, grouped by one of GROUP_BY. Rows still queued are in none of them.
 
-    Raises Unavailable.
+    Where the rows of a month have been dropped, a range begins and ends with the nearest hour. Raises Unavailable.
     """
-    hour = replace(scope, range="1h")
     async with connection(pool) as reader, reader.transaction(isolation="repeatable_read", readonly=True):
+        await reader.execute(_SETTINGS, timeout=QUERY_TIMEOUT)
         as_of = await reader.fetchval("select now()", timeout=QUERY_TIMEOUT)
-        totals = await _figures(reader, scope, "", 1)
-        last_hour = await _figures(reader, hour, "", 1)
-        top_models = await _figures(reader, scope, "model", TOP_MODELS)
-        groups = await _figures(reader, scope, group_by, MAX_GROUPS + 1) if group_by else []
+        begin, end = scope.moments(as_of)
+        models = await _figures(reader, scope, "model", pieces(begin, end, as_of), TOP_MODELS)
+        last_hour = await _figures(reader, scope, "", pieces(as_of - HOUR, None, as_of), 0)
+        groups = await _groups(reader, scope, group_by, as_of) if group_by else []
+    totals = models[0]
     return Stats(
         as_of=as_of,
-        totals=totals[0] if totals else Figures(),
-        last_hour=last_hour[0] if last_hour else Figures(),
-        top_models=top_models,
-        groups=groups[:MAX_GROUPS],
-        more_groups=len(groups) > MAX_GROUPS,
+        begin=begin,
+        end=end,
+        totals=totals,
+        last_hour=last_hour[0],
+        top_models=models[1:],
+        groups=groups,
+        more_groups=bool(group_by) and sum(group.requests for group in groups) < totals.requests,
     )
 
 
-_FIGURES = """
-select
-    case $6::text
-        when 'user' then user_id
-        when 'app' then app_id
-        when 'model' then model
-        when 'provider' then provider
-        when 'key' then key_id
-        else ''
-    end as name,
-    count(*) as requests,
-    count(*) filter (where outcome not in ('ok', 'client_abort')) as errors,
-    count(*) filter (where outcome = 'client_abort') as client_aborts,
-    sum(prompt_tokens)::bigint as prompt_tokens,
-    sum(completion_tokens)::bigint as completion_tokens,
-    sum(cached_tokens)::bigint as cached_tokens,
-    coalesce(sum(cost_micros), 0)::bigint as cost_micros,
-    count(*) filter (where cost_micros is null) as unpriced,
-    avg(latency_ms)::float8 as average_latency_ms,
-    avg(ttft_ms)::float8 as average_ttft_ms
-from usage
-where ($1::uuid is null or account_id = $1)
-  and started_at >= now() - $2::interval
-  and ($3::text is null or user_id = $3)
-  and ($4::text is null or app_id = $4)
-  and ($5::text is null or model = $5)
-group by name
-order by requests desc, name
-limit $7
+async def _groups(reader: Connection, scope: Scope, group_by: str, as_of: datetime) -> list[Figures]:
+    begin, end = scope.moments(as_of)
+    if group_by not in SERIES:
+        found = await _figures(reader, scope, group_by, pieces(begin, end, as_of), MAX_GROUPS)
+    else:
+        oldest = begin_of((end or as_of) - SERIES[group_by], group_by)
+        begin = max(begin or oldest, oldest)
+        spans = SPANS[: SPANS.index(group_by) + 1]
+        found = await _figures(reader, scope, group_by, pieces(begin, end, as_of, spans), MAX_GROUPS)
+    return found[1:]
+
+
+# Every question is planned for its own range and filters. Many groups are sorted out in memory, for each of at most
+# MAX_QUESTIONS.
+_SETTINGS = "set local plan_cache_mode = force_custom_plan; set local work_mem = '64MB'"
+
+# A piece at a time, each by its own index: as a join the pieces would be looked for in all there is.
+_CELLS = """
+with pieces as (
+    select source, sign, coalesce(begins, '-infinity') as begins, coalesce(ends, 'infinity') as ends
+    from unnest($8::text[], $9::integer[], $10::timestamptz[], $11::timestamptz[]) as given (source, sign, begins, ends)
+),
+parts as (
+    select sign, part.* from pieces cross join lateral (
+        with cells as (
+            select
+                usage_cells.*,
+                case $7::text
+                    when 'user' then user_id when 'app' then app_id when 'model' then model
+                    when 'provider' then provider when 'key' then key_id else ''
+                end as name,
+                case when $7 in ('day', 'hour') then date_trunc($7, start, 'UTC') end as moment
+            from usage_cells
+            where source = pieces.source and start >= begins and start < ends
+              and ($1::uuid is null or account_id = $1)
+              and ($2::text is null or user_id = $2)
+              and ($3::text is null or app_id = $3)
+              and ($4::text is null or model = $4)
+              and ($5::text is null or provider = $5)
+              and ($6::text is null or key_id = $6)
+        )
 """
 
+# Of thousands of groups these are told: only their figures are all added up.
+_BUSIEST = (
+    _CELLS  # noqa: S608 - constants alone
+    + """
+        select name, sum(requests)::bigint as requests from cells group by name
+    ) as part
+)
+select name from parts group by name having sum(sign * requests) <> 0
+order by sum(sign * requests) desc, name
+limit $12
+"""
+)
 
-async def _figures(reader: Connection, scope: Scope, group_by: str, limit: int) -> list[Figures]:
-    """The groups of `scope`, busiest first; one of everything when `group_by` is empty."""
-    rows = await reader.fetch(_FIGURES, *_parameters(scope), group_by, limit, timeout=QUERY_TIMEOUT)
+_FIGURES = (
+    _CELLS
+    + """
+        select
+            name, moment,
+            sum(requests)::bigint as requests, sum(errors)::bigint as errors,
+            sum(client_aborts)::bigint as client_aborts,
+            sum(prompt_tokens)::bigint as prompt_tokens, sum(completion_tokens)::bigint as completion_tokens,
+            sum(cached_tokens)::bigint as cached_tokens, sum(cache_write_tokens)::bigint as cache_write_tokens,
+            sum(reasoning_tokens)::bigint as reasoning_tokens,
+            sum(cost_micros)::bigint as cost_micros, sum(unpriced)::bigint as unpriced,
+            sum(latency_ms)::bigint as latency_ms, sum(latency_count)::bigint as latency_count,
+            sum(ttft_ms)::bigint as ttft_ms, sum(ttft_count)::bigint as ttft_count
+        from cells
+        where $13::text[] is null or name = any($13)
+        group by name, moment
+    ) as part
+)
+select
+    coalesce(to_char(moment at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"'), name, ''),
+    coalesce(sum(sign * requests), 0)::bigint as requests,
+    coalesce(sum(sign * errors), 0)::bigint,
+    coalesce(sum(sign * client_aborts), 0)::bigint,
+    coalesce(sum(sign * prompt_tokens), 0)::bigint,
+    coalesce(sum(sign * completion_tokens), 0)::bigint,
+    coalesce(sum(sign * cached_tokens), 0)::bigint,
+    coalesce(sum(sign * cache_write_tokens), 0)::bigint,
+    coalesce(sum(sign * reasoning_tokens), 0)::bigint,
+    coalesce(sum(sign * cost_micros), 0)::bigint,
+    coalesce(sum(sign * unpriced), 0)::bigint,
+    (sum(sign * latency_ms) / nullif(sum(sign * latency_count), 0))::float8,
+    (sum(sign * ttft_ms) / nullif(sum(sign * ttft_count), 0))::float8
+from parts
+group by grouping sets ((), (name, moment))
+having grouping(name) = 1 or sum(sign * requests) <> 0
+order by grouping(name) desc, moment, requests desc, name
+limit $12
+"""
+)
+
+
+async def _figures(reader: Connection, scope: Scope, group_by: str, asked: Sequence[Piece], most: int) -> list[Figures]:
+    """First of all that is in `scope`, whose range `asked` is; then of its groups, at most so many, busiest first or
+    in the order of time. Of a group of MANY the first is of those groups alone."""
+    kept = scope.needs(group_by)
+    _, signs, begins, ends = zip(*asked, strict=True)
+    question = (*scope.filters, group_by, [_source(piece.span, kept) for piece in asked], signs, begins, ends)
+    names = None
+    if group_by in MANY:
+        names = [row[0] for row in await reader.fetch(_BUSIEST, *question, most, timeout=QUERY_TIMEOUT)]
+    rows = await reader.fetch(_FIGURES, *question, most + 1, names, timeout=QUERY_TIMEOUT)
     return [Figures(*row) for row in rows]
+
+
+def _source(span: str, kept: str) -> str:
+    """A partition of usage_rollups; `hour` is usage_hourly, `row` table usage."""
+    return span if span == "row" or (span == "hour" and kept != "model") else f"{span}_by_{kept}"
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
@@ -179,13 +317,16 @@ select
     latency_ms, ttft_ms, cost_micros
 from usage
 where ($1::uuid is null or account_id = $1)
-  and started_at >= now() - $2::interval
-  and ($3::text is null or user_id = $3)
-  and ($4::text is null or app_id = $4)
-  and ($5::text is null or model = $5)
-  and ($6::uuid is null or request_id < $6)
+  and ($2::text is null or user_id = $2)
+  and ($3::text is null or app_id = $3)
+  and ($4::text is null or model = $4)
+  and ($5::text is null or provider = $5)
+  and ($6::text is null or key_id = $6)
+  and ($7::timestamptz is null or started_at >= $7)
+  and ($8::timestamptz is null or started_at < $8)
+  and ($9::uuid is null or request_id < $9)
 order by request_id desc
-limit $7
+limit $10
 """
 
 
@@ -194,11 +335,8 @@ async def read_rows(pool: Pool, scope: Scope, cursor: str | None, limit: int) ->
 
     Raises Unavailable.
     """
-    async with connection(pool) as reader:
-        rows = await reader.fetch(_ROWS, *_parameters(scope), cursor, limit, timeout=QUERY_TIMEOUT)
+    async with connection(pool) as reader, reader.transaction(readonly=True):
+        await reader.execute(_SETTINGS, timeout=QUERY_TIMEOUT)
+        begin, end = scope.moments(await reader.fetchval("select now()", timeout=QUERY_TIMEOUT))
+        rows = await reader.fetch(_ROWS, *scope.filters, begin, end, cursor, limit, timeout=QUERY_TIMEOUT)
     return [UsageRow(*row) for row in rows]
-
-
-def _parameters(scope: Scope) -> tuple[str | None, timedelta, str | None, str | None, str | None]:
-    """$1 to $5 of both questions."""
-    return scope.account_id, RANGES[scope.range], scope.user, scope.app, scope.model

@@ -13,6 +13,7 @@ from aiohttp.typedefs import Handler
 from argon2 import PasswordHasher
 
 from gateway.appkeys import ACCOUNTS, KEYS, SETTINGS
+from gateway.exchange import Budget, new_id
 from gateway.handlers import accounts
 from gateway.handlers.accounts import Grant
 from gateway.protocol.errors import GatewayError, PermissionDenied
@@ -53,6 +54,7 @@ class Api:
     def __init__(self, client: TestClient[web.Request, web.Application], pool: asyncpg.Pool) -> None:
         self.client = client
         self.pool = pool
+        self.keys: KeyStore = client.server.app[KEYS]  # type: ignore[attr-defined]
 
     async def ask(self, method: str, path: str, key: str | None = None, **body: Any) -> Answer:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -163,7 +165,7 @@ async def test_nobody_makes_itself_an_admin(api: Api) -> None:
 
 async def test_a_new_key_is_shown_once_and_works(api: Api) -> None:
     created = await api.add_key("ada")
-    assert created.keys() == {"api_key", "prefix", "id", "message"}
+    assert created.keys() == {"api_key", "prefix", "id", "message", *LIMITS}
     assert created["api_key"].startswith(created["prefix"] + "_")
     answer = await api.ask("GET", "/auth/keys", created["api_key"])
     assert answer.status == 200
@@ -176,11 +178,8 @@ async def test_a_new_key_has_the_deployments_limits(start: Start) -> None:
     await api.add_account("boss")
     created = await api.add_key("boss")
     answer = await api.ask("GET", f"/auth/keys/{created['id']}", created["api_key"])
-    assert [answer.body[name] for name in ("requests_per_minute", "concurrent_requests", "allowed_models")] == [
-        33,
-        4,
-        [],
-    ]
+    limits = {**dict.fromkeys(LIMITS, 0), "requests_per_minute": 33, "concurrent_requests": 4, "allowed_models": []}
+    assert [{name: body[name] for name in LIMITS} for body in (created, answer.body)] == [limits, limits]
 
 
 async def test_a_wrong_password_makes_no_key(api: Api) -> None:
@@ -226,6 +225,54 @@ async def test_a_members_key_makes_no_keys(api: Api) -> None:
 
 # --- limits -------------------------------------------------------------------------------------------------------
 
+LIMITS: dict[str, Any] = {
+    "requests_per_minute": 50,
+    "requests_per_second": 2.5,
+    "burst": 10,
+    "concurrent_requests": 5,
+    "allowed_models": ["gpt-*"],
+    "tokens_per_minute": 10_000,
+    "tokens_per_day": 1_000_000,
+    "cost_per_day": 4.35,
+    "cost_per_month": 20.000001,
+    "drain_seconds": 30,
+}
+BUDGET_FIELDS = ("tokens_per_minute", "tokens_per_day", "cost_per_day", "cost_per_month")
+
+
+async def test_a_member_sets_every_limit_of_its_key_and_is_shown_what_it_wrote(api: Api) -> None:
+    created = await api.add_key("ada", **LIMITS)
+    path, token = f"/auth/keys/{created['id']}", created["api_key"]
+    shown = (await api.ask("GET", path, token)).body
+    [listed] = (await api.ask("GET", "/auth/keys", token)).body["keys"]
+    assert [{name: body[name] for name in LIMITS} for body in (created, shown, listed)] == [LIMITS] * 3
+
+
+async def test_each_limit_is_changed_alone(api: Api) -> None:
+    ada, boss = await api.add_key("ada", **LIMITS), await api.add_key("boss")
+    path, expected = f"/auth/keys/{ada['id']}", dict(LIMITS)
+    for name, value in {**LIMITS, "requests_per_second": 0.5, "cost_per_day": 0.000001, "drain_seconds": 600}.items():
+        expected[name] = value
+        answer = await api.ask("PATCH", path, boss["api_key"], **{name: value})
+        assert {name: answer.body[name] for name in LIMITS} == expected
+
+
+async def test_dollars_are_stored_as_whole_micro_dollars(api: Api) -> None:
+    ada = await api.add_key("ada", cost_per_day=4.35, cost_per_month=1_000_000_000)
+    [row] = await api.pool.fetch("select cost_micros_per_day, cost_micros_per_month from keys where id = $1", ada["id"])
+    assert tuple(row) == (4_350_000, 10**15)
+
+
+async def test_a_rate_without_a_burst_holds_what_flows_in_a_second(api: Api) -> None:
+    ada = await api.add_key("ada", requests_per_second=2.5)
+    assert ada["burst"] == 3
+    path, token = f"/auth/keys/{ada['id']}", ada["api_key"]
+    assert (await api.ask("PATCH", path, token, burst=0)).error == (403, "permission_denied", "burst")
+    for limits in ({"requests_per_second": 1.5}, {"requests_per_second": 0.1, "burst": 0}):
+        answer = await api.ask("PATCH", path, token, **limits)
+        expected = (limits["requests_per_second"], 2 if "burst" not in limits else 1)
+        assert (answer.body["requests_per_second"], answer.body["burst"]) == expected
+
 
 @pytest.mark.parametrize(
     ("field", "value"), [("requests_per_minute", 0), ("requests_per_minute", 61), ("concurrent_requests", 21)]
@@ -240,9 +287,41 @@ async def test_a_member_gets_no_more_than_the_deployments_defaults(api: Api, fie
 
 async def test_an_admin_may_lift_every_limit(api: Api) -> None:
     boss = await api.add_key("boss", requests_per_minute=0, concurrent_requests=0)
-    ada = await api.add_key("ada")
-    answer = await api.ask("PATCH", f"/auth/keys/{ada['id']}", boss["api_key"], requests_per_minute=0)
-    assert (answer.status, answer.body["requests_per_minute"]) == (200, 0)
+    ada = await api.add_key("ada", **LIMITS)
+    none = {**dict.fromkeys(LIMITS, 0), "allowed_models": []}
+    answer = await api.ask("PATCH", f"/auth/keys/{ada['id']}", boss["api_key"], **none)
+    assert answer.status == 200
+    assert {name: answer.body[name] for name in LIMITS} == none
+
+
+@pytest.mark.parametrize("name", sorted(LIMITS.keys() - {"allowed_models", "drain_seconds"}))
+async def test_a_key_in_the_hand_grants_up_to_what_it_has_and_no_limit_is_more_than_any(api: Api, name: str) -> None:
+    ada, least = await api.add_key("ada", **LIMITS), 0.000001 if isinstance(LIMITS[name], float) else 1
+    path, token = f"/auth/keys/{ada['id']}", ada["api_key"]
+    for beyond in (round(LIMITS[name] + least, 6), 0):
+        answer = await api.ask("PATCH", path, token, **{name: beyond})
+        assert answer.error == (403, "permission_denied", name)
+    for within in (LIMITS[name], least):
+        answer = await api.ask("PATCH", path, token, **{name: within})
+        assert (answer.status, answer.body[name]) == (200, within)
+
+
+async def test_a_key_whose_bucket_is_small_for_its_rate_lends_no_larger_one(api: Api) -> None:
+    """A rate brings a burst of its own to a key that has none."""
+    narrow = await api.add_key("ada", requests_per_second=50, burst=5)
+    other = await api.add_key("ada", requests_per_second=1)
+    path = f"/auth/keys/{other['id']}"
+    answer = await api.ask("PATCH", path, narrow["api_key"], requests_per_second=50)
+    assert answer.error == (403, "permission_denied", "burst")
+    answer = await api.ask("PATCH", path, narrow["api_key"], requests_per_second=50, burst=5)
+    assert (answer.status, answer.body["burst"]) == (200, 5)
+
+
+async def test_how_long_a_provider_is_read_on_is_free_to_choose(api: Api) -> None:
+    ada = await api.add_key("ada", drain_seconds=5)
+    for seconds in (600, 0):
+        answer = await api.ask("PATCH", f"/auth/keys/{ada['id']}", ada["api_key"], drain_seconds=seconds)
+        assert (answer.status, answer.body["drain_seconds"]) == (200, seconds)
 
 
 async def test_where_there_is_no_limit_a_member_needs_none(start: Start) -> None:
@@ -323,9 +402,7 @@ async def test_a_member_sees_its_own_keys_and_an_admin_all(api: Api) -> None:
         "key_name",
         "user_id",
         "email",
-        "requests_per_minute",
-        "concurrent_requests",
-        "allowed_models",
+        *LIMITS,
         "created_at",
         "revoked_at",
     }
@@ -373,6 +450,93 @@ async def test_an_id_that_no_key_can_have_is_404(api: Api) -> None:
             assert response.status == 404
 
 
+# --- users --------------------------------------------------------------------------------------------------------
+
+BUDGET: dict[str, Any] = {name: LIMITS[name] for name in BUDGET_FIELDS}
+
+
+async def test_a_member_sees_its_own_account_and_an_admin_all(api: Api) -> None:
+    boss, ada = await api.add_key("boss"), await api.add_key("ada")
+    mine = (await api.ask("GET", "/auth/users", ada["api_key"])).body["users"]
+    everybodys = (await api.ask("GET", "/auth/users", boss["api_key"])).body["users"]
+    assert [user["email"] for user in mine] == ["ada@example.com"]
+    assert [(user["email"], user["role"]) for user in everybodys] == [
+        ("boss@example.com", "admin"),
+        ("ada@example.com", "member"),
+    ]
+    assert mine[0].keys() == {"id", "email", "role", "created_at", *BUDGET_FIELDS}
+    assert {name: mine[0][name] for name in BUDGET_FIELDS} == dict.fromkeys(BUDGET_FIELDS, 0)
+
+
+ROLES = ["admin", "member", "nobody"]
+WHO_MAY = [  # method, whose account, status for each of ROLES
+    ("GET", "own", (200, 200, 401)),
+    ("GET", "other", (200, 404, 401)),
+    ("GET", "missing", (404, 404, 401)),
+    ("PATCH", "own", (200, 403, 401)),
+    ("PATCH", "other", (200, 403, 401)),
+    ("PATCH", "missing", (404, 403, 401)),
+]
+
+
+@pytest.mark.parametrize(("method", "whose", "statuses"), WHO_MAY)
+async def test_an_account_is_shown_to_its_owner_and_changed_by_an_admin_alone(
+    api: Api, method: str, whose: str, statuses: tuple[int, ...]
+) -> None:
+    keys = {"admin": (await api.add_key("boss"))["api_key"], "member": (await api.add_key("ada"))["api_key"]}
+    users = (await api.ask("GET", "/auth/users", keys["admin"])).body["users"]
+    ids = {user["role"]: user["id"] for user in users}
+    for role, status in zip(ROLES, statuses, strict=True):
+        others = {"admin": ids["member"], "member": ids["admin"], "nobody": ids["admin"]}
+        wanted = {"own": ids.get(role, ids["member"]), "other": others[role], "missing": new_id()}[whose]
+        body = {"cost_per_day": 5} if method == "PATCH" else {}
+        answer = await api.ask(method, f"/auth/users/{wanted}", keys.get(role), **body)
+        assert answer.status == status, role
+        if status == 404:
+            assert answer.error == (404, "account_not_found", None)
+    changed = await api.pool.fetchval("select count(*) from accounts where cost_micros_per_day > 0")
+    assert changed == (1 if method == "PATCH" and whose != "missing" else 0)
+
+
+async def test_a_change_of_an_account_holds_for_all_its_keys_at_once(api: Api) -> None:
+    boss, keys = await api.add_key("boss"), [await api.add_key("ada") for _ in range(2)]
+    users = (await api.ask("GET", "/auth/users", keys[0]["api_key"])).body["users"]
+    verify = api.keys.verify
+    assert not any([(await verify(key["api_key"])).account_budget for key in keys])
+    answer = await api.ask("PATCH", f"/auth/users/{users[0]['id']}", boss["api_key"], **BUDGET)
+    assert answer.status == 200
+    assert {name: answer.body[name] for name in BUDGET_FIELDS} == BUDGET
+    expected = Budget(10_000, 1_000_000, 4_350_000, 20_000_001)
+    assert [(await verify(key["api_key"])).account_budget for key in keys] == [expected] * 2
+    assert not (await verify(boss["api_key"])).account_budget
+    assert not (await verify(keys[0]["api_key"])).budget
+
+
+async def test_an_account_is_changed_by_its_budget_only(api: Api) -> None:
+    boss = (await api.add_key("boss"))["api_key"]
+    [user, _] = (await api.ask("GET", "/auth/users", boss)).body["users"]
+    for field in (
+        "role",
+        "id",
+        "email",
+        "password_hash",
+        "requests_per_minute",
+        "drain_seconds",
+        "cost_micros_per_day",
+    ):
+        answer = await api.ask("PATCH", f"/auth/users/{user['id']}", boss, **{field: 1})
+        assert answer.error == (400, "unknown_parameter", field)
+    answer = await api.ask("PATCH", f"/auth/users/{user['id']}", boss, cost_per_day=-1)
+    assert answer.error == (400, "invalid_value", "cost_per_day")
+
+
+async def test_an_id_that_no_account_can_have_is_404(api: Api) -> None:
+    boss = await api.add_key("boss")
+    for text in ("x", "0" * 36, "%00" * 36, "0" * 32):
+        async with api.client.get(f"/auth/users/{text}", headers={"X-API-Key": boss["api_key"]}) as response:
+            assert response.status == 404
+
+
 # --- bodies -------------------------------------------------------------------------------------------------------
 
 BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
@@ -396,6 +560,24 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"requests_per_minute": None}, "requests_per_minute"),
     ({"requests_per_minute": 2**31}, "requests_per_minute"),
     ({"concurrent_requests": 10**30}, "concurrent_requests"),
+    ({"requests_per_second": -0.5}, "requests_per_second"),
+    ({"requests_per_second": "5"}, "requests_per_second"),
+    ({"requests_per_second": 1e-7}, "requests_per_second"),
+    ({"requests_per_second": 1_000_001}, "requests_per_second"),
+    ({"burst": 1.5}, "burst"),
+    ({"burst": None}, "burst"),
+    ({"tokens_per_minute": -1}, "tokens_per_minute"),
+    ({"tokens_per_day": 10**12 + 1}, "tokens_per_day"),
+    ({"tokens_per_day": 1.5}, "tokens_per_day"),
+    ({"cost_per_day": -1}, "cost_per_day"),
+    ({"cost_per_day": "5"}, "cost_per_day"),
+    ({"cost_per_day": True}, "cost_per_day"),
+    ({"cost_per_day": 0.0000001}, "cost_per_day"),
+    ({"cost_per_month": 1.2345678}, "cost_per_month"),
+    ({"cost_per_month": 10**9 + 1}, "cost_per_month"),
+    ({"drain_seconds": 601}, "drain_seconds"),
+    ({"drain_seconds": 0.5}, "drain_seconds"),
+    ({"cost_micros_per_day": 5}, "cost_micros_per_day"),
     ({"allowed_models": "gpt-*"}, "allowed_models"),
     ({"allowed_models": [""]}, "allowed_models"),
     ({"allowed_models": [1]}, "allowed_models"),

@@ -3,7 +3,7 @@ import csv
 import io
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -112,8 +112,8 @@ def row(person: Person, **changes: Any) -> UsageRow:
         "prompt_tokens": 10,
         "completion_tokens": 5,
         "cached_tokens": 4,
-        "cache_write_tokens": 0,
-        "reasoning_tokens": 0,
+        "cache_write_tokens": 2,
+        "reasoning_tokens": 1,
         "usage_source": "provider",
         "latency_ms": 100,
         "ttft_ms": 20,
@@ -132,7 +132,8 @@ async def test_stats_tell_totals_the_last_hour_top_models_and_when(world: World)
         row(world.ann, latency_ms=300, outcome="client_abort", status=0, model="claude", started_at=earlier),
     )
     stats = await world.json("/api/stats", world.ann)
-    assert datetime.fromisoformat(stats.pop("as_of")).tzinfo is not None
+    as_of = datetime.fromisoformat(stats.pop("as_of"))
+    assert datetime.fromisoformat(stats.pop("since")) == as_of - timedelta(days=1)
     last_hour = {
         "requests": 2,
         "errors": 1,
@@ -144,6 +145,9 @@ async def test_stats_tell_totals_the_last_hour_top_models_and_when(world: World)
         "cost_micros": 1500,
         "unpriced": 1,
         "cached_tokens": 8,
+        "cache_write_tokens": 4,
+        "reasoning_tokens": 2,
+        "cache_hit_rate": 0.4,
         "average_latency_ms": 150.5,
         "average_ttft_ms": 20.0,
     }
@@ -161,12 +165,16 @@ async def test_stats_tell_totals_the_last_hour_top_models_and_when(world: World)
             "cost_micros": 0,
             "unpriced": 1,
             "cached_tokens": 4,
+            "cache_write_tokens": 2,
+            "reasoning_tokens": 1,
+            "cache_hit_rate": 0.4,
             "average_latency_ms": 300.0,
             "average_ttft_ms": 20.0,
         },
     ]
     assert stats == {
         "range": "24h",
+        "until": None,
         "queued": 0,
         "last_hour": last_hour,
         "totals": {
@@ -180,6 +188,9 @@ async def test_stats_tell_totals_the_last_hour_top_models_and_when(world: World)
             "cost_micros": 1500,
             "unpriced": 2,
             "cached_tokens": 12,
+            "cache_write_tokens": 6,
+            "reasoning_tokens": 3,
+            "cache_hit_rate": 0.4,
             "average_latency_ms": 200.3,
             "average_ttft_ms": 20.0,
         },
@@ -208,22 +219,68 @@ async def test_a_range_goes_back_from_now(world: World, name: str, requests: int
     assert (stats["range"], stats["totals"]["requests"], stats["last_hour"]["requests"]) == (name, requests, 1)
 
 
-async def test_filters_narrow_the_figures(world: World) -> None:
+BOTH = ["/api/stats", "/api/usage"]
+
+
+async def requests(world: World, path: str, person: Person, **query: str) -> int:
+    """How many requests the figures are of, or the rows are."""
+    answer = await world.json(path, person, **query)
+    return len(answer["data"]) if path == "/api/usage" else int(answer["totals"]["requests"])
+
+
+@pytest.mark.parametrize("path", BOTH)
+async def test_filters_narrow_the_figures_and_the_rows(world: World, path: str) -> None:
     await world.write(
         row(world.ann, user_id="u1", app_id="a1", model="m1"),
-        row(world.ann, user_id="u1", app_id="a2", model="m1"),
-        row(world.ann, user_id="u2", app_id="a1", model="m2"),
+        row(world.ann, user_id="u1", app_id="a2", model="m1", provider="anthropic"),
+        row(world.ann, user_id="u2", app_id="a1", model="m2", key_id="Key000000002"),
     )
 
-    async def requests(**query: str) -> int:
-        return int((await world.json("/api/stats", world.ann, **query))["totals"]["requests"])
+    async def asked(**query: str) -> int:
+        return await requests(world, path, world.ann, range="24h", **query)
 
-    assert await requests(user="u1") == 2
-    assert await requests(app="a1") == 2
-    assert await requests(model="m2") == 1
-    assert await requests(user="u1", app="a1", model="m1") == 1
-    assert await requests(user="' or true --") == 0
-    assert await requests(user="") == 3
+    assert await asked(user="u1") == 2
+    assert await asked(app="a1") == 2
+    assert await asked(model="m2") == 1
+    assert await asked(provider="anthropic") == 1
+    assert await asked(key=world.ann.key_id) == 2
+    assert await asked(key=f"aig_{world.ann.key_id}") == 2
+    assert await asked(user="u1", app="a1", model="m1") == 1
+    assert await asked(provider="openai", key="Key000000002", user="u2") == 1
+    assert await asked(user="' or true --") == 0
+    assert await asked(key="Key999999999") == 0
+    assert await asked(user="") == 3
+
+
+@pytest.mark.parametrize("path", BOTH)
+async def test_a_range_is_named_or_has_a_begin_and_an_end(world: World, path: str) -> None:
+    now = datetime.now(UTC)
+    days = [timedelta(), timedelta(days=1.5), timedelta(days=10), timedelta(days=400)]
+    await world.write(*(row(world.ann, started_at=now - age) for age in days))
+
+    async def asked(**query: str) -> int:
+        return await requests(world, path, world.ann, **query)
+
+    assert await asked(since="36h") == await asked(since="2160m") == 1
+    assert await asked(since="37h") == await asked(since="2d") == await asked(since="1w") == 2
+    assert await asked(since="2w") == 3
+    assert await asked(since="2w", until="2d") == 1
+    assert await asked(until="2d") == 2
+    assert await asked(since="1d", until="2d") == 0
+    ten_days_ago = now - timedelta(days=10, seconds=1)
+    assert await asked(since=ten_days_ago.isoformat()) == 3
+    assert await asked(since=ten_days_ago.isoformat().replace("+", " ")) == 3, "a plus that was not escaped"
+    assert await asked(until=f"{ten_days_ago:%Y-%m-%dT%H:%M:%S}Z") == 1
+    east = ten_days_ago.astimezone(timezone(timedelta(hours=5, minutes=30)))
+    assert await asked(since=east.isoformat(), until=now.isoformat()) == 2
+    assert await asked(since=f"{now - timedelta(days=12):%Y-%m-%d}") == 3
+
+
+async def test_the_moments_that_a_range_means_are_told(world: World) -> None:
+    stats = await world.json("/api/stats", world.ann, since="2026-01-01", until="2026-01-01T12:00:00+02:00")
+    assert (stats["range"], stats["since"], stats["until"]) == (None, "2026-01-01T00:00:00Z", "2026-01-01T10:00:00Z")
+    stats = await world.json("/api/stats", world.ann, range="all")
+    assert (stats["range"], stats["since"], stats["until"]) == ("all", None, None)
 
 
 async def test_groups_are_named_by_what_they_are_grouped_by(world: World) -> None:
@@ -239,6 +296,54 @@ async def test_groups_are_named_by_what_they_are_grouped_by(world: World) -> Non
         assert stats["group_by"] == group_by
         assert [group[group_by] for group in stats["groups"]] == names
         assert sum(group["requests"] for group in stats["groups"]) == 3
+
+
+async def test_days_and_hours_are_told_in_their_order(world: World) -> None:
+    noon = datetime.now(UTC).replace(hour=12, minute=0, second=0, microsecond=0) - timedelta(days=5)
+    times = [noon, noon + timedelta(minutes=59), noon + timedelta(hours=1), noon + timedelta(days=2)]
+    await world.write(*(row(world.ann, started_at=time) for time in [*times, times[-1]]))
+    for group_by, counts in {"day": [3, 2], "hour": [2, 1, 2]}.items():
+        stats = await world.json("/api/stats", world.ann, range="7d", group_by=group_by)
+        assert [group["requests"] for group in stats["groups"]] == counts
+        assert not stats["more_groups"]
+    assert stats["groups"][1]["hour"] == f"{times[2]:%Y-%m-%dT%H}:00:00Z"
+
+
+async def test_the_hit_rate_of_the_prompt_cache_is_told_of_each_key(world: World) -> None:
+    await world.write(
+        row(world.ann, prompt_tokens=30, cached_tokens=10),
+        row(world.ann, prompt_tokens=10, cached_tokens=10),
+        row(world.ann, key_id="Key000000002", prompt_tokens=0, cached_tokens=0),
+    )
+    stats = await world.json("/api/stats", world.ann, group_by="key")
+    assert [(group["key"], group["cache_hit_rate"]) for group in stats["groups"]] == [
+        (f"aig_{world.ann.key_id}", 0.5),
+        ("aig_Key000000002", 0.0),
+    ]
+
+
+async def test_a_budget_that_was_used_up_is_no_error(world: World) -> None:
+    outcomes = ["ok", "budget_exhausted", "client_abort", "upstream_error"]
+    await world.write(*(row(world.ann, outcome=outcome) for outcome in outcomes))
+    for since in ("24h", "1m"):  # of the rollups, and of the rows
+        totals = (await world.json("/api/stats", world.ann, since=since))["totals"]
+        assert (totals["requests"], totals["errors"], totals["error_rate"]) == (4, 1, 0.25)
+
+
+async def test_figures_as_csv_are_the_groups_or_the_totals(world: World) -> None:
+    await world.write(row(world.ann, app_id="=1+1"), row(world.ann, app_id="=1+1"), row(world.ann, app_id="b"))
+    for query in ({"group_by": "app"}, {}):
+        stats = await world.json("/api/stats", world.ann, **query)
+        response = await world.get("/api/stats", world.ann, format="csv", **query)
+        assert response.headers["Content-Type"] == "text/csv; charset=utf-8"
+        assert response.headers["Content-Disposition"] == 'attachment; filename="stats.csv"'
+        told = list(csv.DictReader(io.StringIO(await response.text())))
+        groups = stats.get("groups", [stats["totals"]])
+        assert [list(one) for one in told] == [list(group) for group in groups]
+        assert [one["requests"] for one in told] == [str(group["requests"]) for group in groups]
+        assert response.headers.get("X-More-Groups") == ("false" if query else None)
+        if query:
+            assert [one["app"] for one in told] == ["'=1+1", "b"]
 
 
 # --- /api/usage ---------------------------------------------------------------------------------------------------
@@ -270,8 +375,8 @@ async def test_a_row_is_told_with_every_column_and_the_prefix_of_its_key(world: 
         "completion_tokens": 5,
         "total_tokens": 15,
         "cached_tokens": 4,
-        "cache_write_tokens": 0,
-        "reasoning_tokens": 0,
+        "cache_write_tokens": 2,
+        "reasoning_tokens": 1,
         "usage_source": "provider",
         "latency_ms": 100,
         "ttft_ms": None,
@@ -366,10 +471,17 @@ async def test_a_member_sees_its_own_and_an_admin_everybodys(world: World) -> No
 
 
 async def test_a_member_cannot_reach_into_another_account(world: World) -> None:
-    of_ben = row(world.ben, model="of-ben")
+    of_ben = row(world.ben, model="of-ben", user_id="of-ben", app_id="of-ben", provider="of-ben")
     await world.write(row(world.ann, model="of-ann"), of_ben)
-    for query in ({"model": "of-ben"}, {"cursor": of_ben.request_id}):
-        assert "of-ben" not in await (await world.get("/api/usage", world.ann, **query)).text()
+    foreign = {"user": "of-ben", "app": "of-ben", "model": "of-ben", "provider": "of-ben", "key": world.ben.key_id}
+    for name, value in foreign.items():
+        assert await requests(world, "/api/usage", world.ann, **{name: value}) == 0
+        for group_by in ("user", "app", "model", "provider", "key", "day", "hour"):
+            stats = await world.json("/api/stats", world.ann, group_by=group_by, **{name: value})
+            assert (stats["totals"]["requests"], stats["last_hour"]["requests"]) == (0, 0)
+            assert (stats["groups"], stats["top_models"], stats["more_groups"]) == ([], [], False)
+        assert await requests(world, "/api/stats", world.admin, **{name: value}) == 1
+    assert "of-ben" not in await (await world.get("/api/usage", world.ann, cursor=of_ben.request_id)).text()
     refused = await world.get("/api/stats", world.ann, account_id=world.ben.account_id)
     assert refused.status == 400
 
@@ -393,6 +505,21 @@ REFUSED = [
     ("/api/stats", "model", "x" * 257),
     ("/api/stats", "usr", "ann"),
     ("/api/stats", "limit", "10"),
+    ("/api/stats", "provider", "x" * 257),
+    ("/api/stats", "key", "aig_Key012345678_secret"),
+    ("/api/stats", "key", "aig_"),
+    ("/api/stats", "format", "xml"),
+    ("/api/stats", "group_by", "week"),
+    ("/api/stats", "since", "yesterday"),
+    ("/api/stats", "since", "7"),
+    ("/api/stats", "since", "999999d"),
+    ("/api/stats", "since", "-1d"),
+    ("/api/stats", "since", "٣d"),
+    ("/api/stats", "since", "2026-02-30"),
+    ("/api/stats", "since", "2026-W07-1"),
+    ("/api/stats", "until", "0001-01-01T00:00:00+14:00"),
+    ("/api/usage", "until", "9999-12-31T23:59:59-01:00"),
+    ("/api/usage", "since", "20260101"),
     ("/api/usage", "limit", "0"),
     ("/api/usage", "limit", "1001"),
     ("/api/usage", "limit", "-1"),
@@ -412,6 +539,12 @@ async def test_a_bad_value_is_refused_by_the_name_of_its_parameter(world: World)
         answer = (response.status, error.get("type"), error.get("param"))
         assert answer == (400, "invalid_request_error", param), (path, value[:20])
         assert len(error["message"]) < 200
+
+
+async def test_a_named_range_and_another_are_one_too_many(world: World) -> None:
+    for path in BOTH:
+        response = await world.get(path, world.ann, range="7d", until="1d")
+        assert (response.status, (await response.json())["error"]["param"]) == (400, "range")
 
 
 async def test_a_parameter_given_twice_is_refused(world: World) -> None:

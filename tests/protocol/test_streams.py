@@ -7,7 +7,9 @@ not depend on it. And a stream that broke never looks whole.
 import json
 import re
 from collections.abc import Iterator
+from itertools import accumulate
 from random import Random
+from typing import Any
 
 import httpx2
 import openai
@@ -29,6 +31,7 @@ from tests.support.streams import (
     expected_choices,
     in_pieces,
     load_cases,
+    make_call,
     play,
 )
 
@@ -37,6 +40,8 @@ pytestmark = pytest.mark.unit
 CASES = load_cases()
 REQUIRED = ("text", "tools", "parallel_tools", "thinking", "refusal", "usage", "error_midway", "cut", "multibyte")
 NOT_SPOKEN = {("ollama", "refusal")}
+HEAD = ("id", "created", "model", "system_fingerprint")  # of a chunk
+CUT_AT = Usage(21, 13, cached_tokens=5)
 LINE_ENDS = {"CRLF": b"\r\n", "CR": b"\r"}
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -135,6 +140,97 @@ def test_a_damaged_stream_ends_in_an_error_or_in_valid_json(case: Case) -> None:
         received = play(case.call(), [damaged(case.data, random)]).received
         for payload in client_events(received):
             assert payload == "[DONE]" or isinstance(json.loads(payload), dict)
+
+
+@every_case
+def test_a_stream_that_we_cut_is_whole_wherever_it_is_cut(case: Case) -> None:
+    """A budget that is used up ends a stream as its `max_tokens` would: every choice that began has one finish reason,
+    the usage is there when it was asked for, and `[DONE]` is the last word."""
+    every_byte, after_events = range(len(case.data)), [0, *accumulate(map(len, case.events()))][:-1]
+    for include_usage, places in ((True, every_byte), (False, after_events)):
+        call = make_call(case.dialect, {**case.request, "stream_options": {"include_usage": include_usage}})
+        before = None
+        for at in places:
+            sent, last = cut_after(call, case.data[:at])
+            if (sent, last) != before:
+                before = sent, last
+                check_cut(case, sent, last, wants_usage=include_usage)
+
+
+@every_case
+def test_a_stream_that_we_cut_is_one_to_the_official_sdk(case: Case) -> None:
+    events = case.events()
+    for number in range(len(events)):
+        sent, last = cut_after(case.call(), b"".join(events[:number]))
+        reasons = finish_reasons(sent + last)
+        seen: dict[int, list[str]] = {index: [] for index in reasons}
+        for chunk in sdk_chunks(sent + last):
+            for position, choice in enumerate(chunk.choices or ()):
+                index = choice.index if isinstance(choice.index, int) else position
+                seen[index] += [choice.finish_reason] if choice.finish_reason else []
+        assert seen == reasons
+
+
+@every_case
+def test_the_last_bytes_of_a_cut_are_like_those_before(case: Case) -> None:
+    """Id, time and model do not change, and `usage` is null in all chunks but its own."""
+    call = make_call(case.dialect, {**case.request, "stream_options": {"include_usage": True}})
+    sent, last = cut_after(call, b"".join(case.events()[:2]))
+    before, after = parsed_chunks(sent), parsed_chunks(last)
+    heads = [tuple(chunk.get(name) for name in HEAD) for chunk in (*before[-1:], *after)]
+    if before and all(before[-1].get(name) for name in ("id", "created", "model")):
+        assert len(set(heads)) == 1
+    assert [chunk["usage"] for chunk in after if chunk["choices"]] == [None] * (len(after) - 1)
+
+
+@every_case
+def test_nothing_follows_a_cut_and_nothing_follows_done(case: Case) -> None:
+    translator = DIALECTS[case.dialect].translator(case.call())
+    translator.feed(case.data[: len(case.data) // 2])
+    translator.cut(CUT_AT)
+    assert translator.done
+    assert (translator.feed(case.data), translator.cut(CUT_AT)) == ([], b"")
+    whole = DIALECTS[case.dialect].translator(case.call())
+    sent = b"".join(chunk.data for chunk in whole.feed(case.data))
+    assert (whole.cut(CUT_AT) == b"") == (b"[DONE]" in sent)
+
+
+def cut_after(call: Call, data: bytes) -> tuple[bytes, bytes]:
+    """What the client has after `data` of the provider's, and its last bytes if we end the stream there."""
+    translator = DIALECTS[call.target.provider.dialect].translator(call)
+    sent = b"".join(chunk.data for chunk in translator.feed(data))
+    return sent, translator.cut(CUT_AT)
+
+
+def check_cut(case: Case, sent: bytes, last: bytes, *, wants_usage: bool) -> None:
+    answer = assemble(sent + last, strict=case.dialect != "openai", wants_usage=None)
+    assert answer.done
+    assert answer.error is None
+    # What a provider says twice is its own; we say it once, and only where it did not.
+    reasons, before = finish_reasons(sent + last), finish_reasons(sent)
+    assert all(reasons.values())
+    assert reasons == {index: before.get(index) or ["length"] for index in reasons}
+    assert reasons.keys() == (before or {0: []}).keys()
+    assert (sent + last).endswith(b"\n\n") and (sent + last).count(b"[DONE]") == 1
+    alone = [chunk["usage"] for chunk in parsed_chunks(sent + last) if not chunk.get("choices") and chunk.get("usage")]
+    assert len(alone) == wants_usage
+    if wants_usage and not any(not chunk.get("choices") and chunk.get("usage") for chunk in parsed_chunks(sent)):
+        assert alone == [CUT_AT.to_openai()]
+
+
+def finish_reasons(stream: bytes) -> dict[int, list[str]]:
+    """What is said of each choice that began."""
+    reasons: dict[int, list[str]] = {}
+    for chunk in parsed_chunks(stream):
+        for position, choice in enumerate(chunk.get("choices") or ()):
+            index = choice.get("index")
+            said = reasons.setdefault(index if isinstance(index, int) else position, [])
+            said += [choice["finish_reason"]] if choice.get("finish_reason") else []
+    return reasons
+
+
+def parsed_chunks(stream: bytes) -> list[dict[str, Any]]:
+    return [json.loads(payload) for payload in client_events(stream) if payload.strip() != "[DONE]"]
 
 
 def damaged(data: bytes, random: Random) -> bytes:

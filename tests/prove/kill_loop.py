@@ -1,7 +1,9 @@
-"""Kills processes that write usage, and stops their Postgres in the middle, again and again; then counts what is there.
+"""Kills gateways under load, and stops their Postgres in the middle, again and again; then counts what is there.
 
-`make prove-usage` runs it at full length. It fails when an ended request is missing or wrong, a begun one is missing,
-one is doubled, or the sums by hour are not the sums of the rows.
+`make prove-usage` runs it at full length: two gateways on one database and one data folder, with a Postgres, a Valkey
+and a provider that live on, and clients of every kind. It fails when the row of an ended request is missing or wrong,
+one of a begun request is missing, one is doubled, a cost is not that of the row's tokens, the sums are not the sums of
+the rows, or the audit chain does not verify. After it come the writers of `journal_kills`.
 """
 
 import argparse
@@ -11,233 +13,169 @@ import random
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
-from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
 
 from gateway.embedded import Embedded
-from gateway.stores.journal import Journal
-from gateway.stores.migrations import migrate
-from gateway.stores.shipper import Shipper
-from tests.support.proxy import Proxy
+from gateway.stores.segments import take
+from tests.prove import journal_kills
+from tests.prove.ledger import LEDGER, PRICES, Ledger
+from tests.prove.postgres import Postgres, running_postgres
+from tests.support.load import Door, Load
+from tests.support.process import Served, new_key, serving, until
+from tests.support.provider import noting_provider
 
-WRITERS = 2  # processes at a time
-RATE = 300  # exchanges a second, each
-BUSY = 200  # lines that a process has told before it is killed
+__all__ = ["LEDGER", "Postgres", "run"]
 
-# The sums, and the same from the rows: what is in one and not in the other.
-LEDGER = """
-with rows as (
-    select
-        account_id, date_trunc('hour', started_at, 'UTC') as hour, key_id, user_id, app_id, provider, model,
-        count(*)::bigint as requests,
-        count(*) filter (where outcome not in ('ok', 'client_abort')) as errors,
-        count(*) filter (where outcome = 'client_abort') as client_aborts,
-        sum(prompt_tokens)::bigint, sum(completion_tokens)::bigint, sum(cached_tokens)::bigint,
-        sum(cache_write_tokens)::bigint, sum(reasoning_tokens)::bigint,
-        coalesce(sum(cost_micros), 0)::bigint, count(*) filter (where cost_micros is null),
-        sum(latency_ms)::bigint, count(*) filter (where outcome <> 'interrupted' or latency_ms > 0),
-        coalesce(sum(ttft_ms), 0)::bigint, count(ttft_ms)
-    from usage group by 1, 2, 3, 4, 5, 6, 7
-),
-sums as (select * from usage_hourly where requests <> 0)
-select 'rows' as side, missing.* from (table rows except table sums) as missing
-union all
-select 'sums', missing.* from (table sums except table rows) as missing
-"""
-
-
-# --- what must be there -------------------------------------------------------------------------------------------
+GATEWAYS = 2  # at a time
+CLIENTS = 50
+BUSY = 5  # answers of a gateway before it is killed
+LONG_LIFE = 0.1  # part of the gateways that live long enough for their streams' ticks
+CONFIG = f"""
+[providers.nowhere]
+base_url = "http://127.0.0.1:9/v1"
+needs_key = false
+{PRICES}"""
 
 
 @dataclass
-class Ledger:
-    """What the processes told, and after `compare` what of it the database has."""
+class Stage:
+    """What all gateways of a run share, and the doors that clients know them by."""
 
-    about: set[str] = field(default_factory=set)
-    begun: set[str] = field(default_factory=set)
-    ending: dict[str, tuple[int, int]] = field(default_factory=dict)
-    ended: dict[str, tuple[int, int]] = field(default_factory=dict)
-    voiding: set[str] = field(default_factory=set)
-    voided: set[str] = field(default_factory=set)
-    kills: int = 0
-    stops: int = 0
+    environ: Mapping[str, str]
+    log: Path  # what the gateways said
+    ledger: Ledger
+    doors: list[Door] = field(default_factory=lambda: [Door() for _ in range(GATEWAYS)])
 
-    rows: int = 0
-    interrupted: int = 0
-    ended_missing: int = 0
-    begun_missing: int = 0
-    wrong: int = 0  # not as it was ended, or never begun
-    doubled: int = 0
-    unbalanced: int = 0  # hours whose sums are not those of the rows
+    @asynccontextmanager
+    async def gateway(self) -> AsyncIterator[Served]:
+        async with serving(self.environ, coverage=False, log=self.log) as served:
+            yield served
 
-    def hear(self, line: str) -> None:
-        kind, request_id, *figures = line.split()
-        if kind in ("ending", "ended"):
-            prompt, completion = figures
-            getattr(self, kind)[request_id] = int(prompt), int(completion)
-        else:
-            getattr(self, kind).add(request_id)
+    def folders(self) -> list[Path]:
+        """Of journals: those of gateways that live, and those that dead ones left."""
+        return [lock.parent for lock in Path(self.environ["GATEWAY_DATA_DIR"]).glob("journal/*/*/lock")]
 
-    async def compare(self, pool: asyncpg.Pool) -> None:
-        query = "select request_id::text, outcome, prompt_tokens, completion_tokens from usage"
-        rows = await pool.fetch(query)
-        found = {row["request_id"]: row for row in rows}
-        self.rows, self.doubled = len(rows), len(rows) - len(found)
-        self.interrupted = sum(row["outcome"] == "interrupted" for row in rows)
-        self.ended_missing = sum(found.get(one, {"outcome": ""})["outcome"] != "ok" for one in self.ended)
-        self.begun_missing = len(self.begun - self.voiding - found.keys())
-        self.wrong = sum(not self._is_right(row) for row in rows)
-        self.unbalanced = len(await pool.fetch(LEDGER))
 
-    def _is_right(self, row: asyncpg.Record) -> bool:
-        request_id = row["request_id"]
-        if row["outcome"] == "interrupted":
-            return request_id in self.about and request_id not in self.ended and request_id not in self.voided
-        return self.ending.get(request_id) == (row["prompt_tokens"], row["completion_tokens"])
-
-    @property
-    def holds(self) -> bool:
-        return not (self.ended_missing or self.begun_missing or self.wrong or self.doubled or self.unbalanced)
-
-    def __str__(self) -> str:
-        return (
-            f"usage through {self.kills} kill -9 and {self.stops} immediate stops of Postgres: "
-            f"{len(self.begun)} begun, {len(self.ended)} ended, {self.rows} rows, {self.interrupted} interrupted; "
-            f"{self.ended_missing} ended missing, {self.begun_missing} begun missing, {self.wrong} wrong, "
-            f"{self.doubled} doubled, {self.unbalanced} hours out of balance"
-        )
+async def run(data: Path, *, kills: int, stops: int) -> Ledger:
+    """Everything it needs is made in `data`."""
+    ledger, calls = Ledger(), data / "calls"
+    async with (
+        running_postgres(data / "postgres") as postgres,
+        _running_valkey(data / "valkey") as redis_url,
+        noting_provider(calls) as provider,
+    ):
+        stage = Stage(_environment(data, postgres.url, redis_url, provider), data / "gateway.log", ledger)
+        async with stage.gateway() as first:
+            load = Load(stage.doors, await new_key(first), CLIENTS)
+        async with asyncio.TaskGroup() as group:
+            for door in stage.doors:
+                group.create_task(_live_and_die(stage, door, kills))
+            group.create_task(_stop_and_start(postgres, ledger, kills, stops))
+        await load.stop()
+        await _settle(stage)
+        async with asyncpg.create_pool(postgres.url, min_size=1, max_size=2) as pool:
+            await ledger.compare(pool, load.calls, set(calls.read_text().split()))
+        ledger.chain = await _verify(stage)
+    return ledger
 
 
 # --- what is killed -----------------------------------------------------------------------------------------------
 
 
-class Postgres:
-    """A server of our own, at an address that stays while it is stopped and started again."""
-
-    def __init__(self, data: Path) -> None:
-        self._data = data
-        self._proxy = Proxy("")
-        self.url = ""
-
-    async def start(self) -> None:
-        self._server = Embedded(self._data, postgres=True, redis=False)
-        await asyncio.to_thread(self._server.start)
-        folder = parse_qs(urlsplit(self._server.database_url).query)["host"][0]
-        port = self._proxy.port
-        self._proxy = Proxy(f"{folder}/.s.PGSQL.5432")
-        self._proxy.port = port
-        await self._proxy.start()
-        self.url = f"postgresql://postgres@127.0.0.1:{self._proxy.port}/postgres?sslmode=disable"
-
-    async def stop_at_once(self) -> None:
-        """As `pg_ctl stop -m immediate` does: no checkpoint, no word to those who are connected."""
-        pid = (self._data / "postgres" / "postmaster.pid").read_text().partition("\n")[0]
-        os.kill(int(pid), signal.SIGQUIT)
-        await self.stop()
-
-    async def stop(self) -> None:
-        await self._proxy.cut()
-        await asyncio.to_thread(self._server.stop)
+async def _live_and_die(stage: Stage, door: Door, kills: int) -> None:
+    """A gateway after the other behind one door, until there were so many kills at all doors together."""
+    while stage.ledger.kills < kills:
+        async with stage.gateway() as served:
+            door.answers, door.url = 0, served.base_url
+            await until(lambda: door.answers > BUSY)
+            await asyncio.sleep(6 + random.random() if random.random() < LONG_LIFE else 2 * random.random())
+            stage.ledger.kills += 1
+            stage.ledger.cut += door.open_calls
+            served.process.send_signal(signal.SIGKILL)
+            assert await served.process.wait() == -signal.SIGKILL
+            door.url = ""
+        if random.random() < 0.5:
+            _forget_notes(stage)
 
 
-class Writer:
-    """One process of tests/support/journal_writer.py, and all it told."""
-
-    def __init__(self, process: asyncio.subprocess.Process, ledger: Ledger) -> None:
-        self._process = process
-        self._listening = asyncio.create_task(self._listen(ledger))
-        self._told = 0  # lines
-
-    def is_busy(self) -> bool:
-        return self._told > BUSY
-
-    async def _listen(self, ledger: Ledger) -> None:
-        assert self._process.stdout is not None
-        while line := await self._process.stdout.readline():
-            if line.endswith(b"\n"):
-                ledger.hear(line.decode())
-                self._told += 1
-
-    async def end(self, how: signal.Signals) -> int:
-        with suppress(ProcessLookupError):
-            self._process.send_signal(how)
-        await self._listening
-        return await self._process.wait()
+def _forget_notes(stage: Stage) -> None:
+    """As if the dead had been killed between a commit and the note of it: whoever adopts them ships all again."""
+    for folder in stage.folders():
+        lock = take(folder)
+        if lock is not None:
+            (folder / "shipped").unlink(missing_ok=True)
+            os.close(lock)
 
 
-async def start_writer(root: Path, database_url: str, ledger: Ledger) -> Writer:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.support.journal_writer", str(root), database_url, str(RATE),
-        stdout=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[2], env={"PATH": os.environ["PATH"]},
-    )  # fmt: skip
-    return Writer(process, ledger)
+async def _stop_and_start(postgres: Postgres, ledger: Ledger, kills: int, stops: int) -> None:
+    """Postgres goes at once, in the middle of everything, `stops` times among the kills."""
+    while ledger.stops < stops:
+        due = (ledger.stops + 1) * kills // (stops + 1)
+        await until(lambda due=due: ledger.kills >= due, seconds=3600)  # type: ignore[misc]
+        await postgres.stop_at_once()
+        ledger.stops += 1
+        await asyncio.sleep(2 * random.random())
+        await postgres.start()
 
 
-# --- the loop -----------------------------------------------------------------------------------------------------
+# --- what lives on ------------------------------------------------------------------------------------------------
 
 
-async def run(data: Path, *, kills: int, stops: int) -> Ledger:
-    """Everything it needs is made in `data`."""
-    ledger = Ledger()
-    root = data / "journal"
-    async with _postgres(data / "servers") as postgres:
-        await migrate(postgres.url)
-        writers = [await start_writer(root, postgres.url, ledger) for _ in range(WRITERS)]
-        stop_before = {(number + 1) * kills // (stops + 1) for number in range(stops)}
-        for number in range(kills):
-            victim = writers[number % WRITERS]
-            await _until(victim.is_busy)
-            await asyncio.sleep(random.random())
-            if number in stop_before:
-                await postgres.stop_at_once()
-                ledger.stops += 1
-            assert await victim.end(signal.SIGKILL) == -signal.SIGKILL
-            ledger.kills += 1
-            writers[number % WRITERS] = await start_writer(root, postgres.url, ledger)
-            if number in stop_before:
-                await postgres.start()
-        for writer in writers:
-            await _until(writer.is_busy)
-            assert await writer.end(signal.SIGTERM) == 0
-        async with asyncpg.create_pool(postgres.url, min_size=1, max_size=2) as pool:
-            await _ship_the_rest(pool, root)
-            await ledger.compare(pool)
-    return ledger
+def _environment(data: Path, database_url: str, redis_url: str, provider: str) -> Mapping[str, str]:
+    config = data / "gateway.toml"
+    config.write_text(CONFIG)
+    return {
+        "DATABASE_URL": database_url,
+        "REDIS_URL": redis_url,
+        "OPENAI_BASE_URL": f"{provider}/v1",
+        "OPENAI_API_KEY": "sk-operator-openai",
+        "ANTHROPIC_BASE_URL": provider,
+        "ANTHROPIC_API_KEY": "sk-operator-anthropic",
+        "OLLAMA_BASE_URL": provider,
+        "LOG_LEVEL": "error",
+        "GATEWAY_MOCK": "off",
+        "GATEWAY_CONFIG": str(config),
+        "GATEWAY_DATA_DIR": str(data / "gateway"),
+        "GATEWAY_FSYNC": "group",
+        "GATEWAY_AUDIT_KEY": "the audit key of the kill loop",
+    }
 
 
 @asynccontextmanager
-async def _postgres(data: Path) -> AsyncIterator[Postgres]:
-    postgres = Postgres(data)
-    await postgres.start()
+async def _running_valkey(data: Path) -> AsyncIterator[str]:
+    server = Embedded(data, postgres=False, redis=True)
+    await asyncio.to_thread(server.start)
     try:
-        yield postgres
+        yield server.redis_url
     finally:
-        await postgres.stop()
+        await asyncio.to_thread(server.stop)
 
 
-async def _ship_the_rest(pool: asyncpg.Pool, root: Path) -> None:
-    """What the next start does with the folders of the dead."""
-    journal = Journal(root)
-    shipper = Shipper(pool, journal)
-    shipping = asyncio.create_task(shipper.run())
-    await _until(lambda: [path for path in root.iterdir() if path.is_dir()] == [journal.folder])
-    assert await shipper.close(20) == 0
-    shipping.cancel()
-    await asyncio.gather(shipping, return_exceptions=True)
-    journal.close()
+# --- the end ------------------------------------------------------------------------------------------------------
 
 
-async def _until(true: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = monotonic() + seconds
-    while not true():
-        assert monotonic() < deadline, f"not within {seconds} s"
-        await asyncio.sleep(0.01)
+async def _settle(stage: Stage) -> None:
+    """The next start adopts what the dead left; when it ends, no journal is left."""
+    async with stage.gateway() as last:
+        await until(lambda: len(stage.folders()) == 1)
+        assert await last.terminate() == 0
+    assert stage.folders() == []
+
+
+async def _verify(stage: Stage) -> str:
+    """What `gateway usage verify` says when it finds a fault; "": it finds none."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "gateway", "usage", "verify",
+        env={"PATH": os.environ["PATH"], **stage.environ}, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    said, _ = await process.communicate()
+    return said.decode().strip() if process.returncode else ""
 
 
 def main() -> None:
@@ -248,8 +186,11 @@ def main() -> None:
     started = monotonic()
     with tempfile.TemporaryDirectory() as folder:
         ledger = asyncio.run(run(Path(folder), kills=chosen.kills, stops=chosen.stops))
-    print(f"{ledger} ({monotonic() - started:.0f} s)")
-    sys.exit(0 if ledger.holds else 1)
+        print(f"{ledger}\n({monotonic() - started:.0f} s)", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        journals = asyncio.run(journal_kills.run(Path(folder), kills=chosen.kills // 5, stops=1))
+        print(journals)
+    sys.exit(0 if ledger.holds and journals.holds else 1)
 
 
 if __name__ == "__main__":

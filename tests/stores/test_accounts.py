@@ -7,7 +7,9 @@ import asyncpg
 import pytest
 from argon2 import PasswordHasher
 
+from gateway.exchange import NO_BUDGET, Budget, new_id
 from gateway.protocol.errors import GatewayError, InvalidRequest, Unauthenticated
+from gateway.stores import accounts as accounts_module
 from gateway.stores.accounts import REGISTRATIONS_PER_ADDRESS, AccountStore, normal_email
 from gateway.stores.passwords import PASSWORD_HASHER, HashingPool, matches
 
@@ -275,6 +277,80 @@ async def test_an_account_is_found_by_its_email(store: AccountStore) -> None:
     assert (error.http_status, error.error_code) == (404, "account_not_found")
 
 
+# --- budgets ------------------------------------------------------------------------------------------------------
+
+
+async def ignore(account_id: str) -> None:
+    """Nobody keeps what it read of this account's keys."""
+
+
+async def test_a_new_account_has_no_budget(store: AccountStore) -> None:
+    account = await store.register(EMAIL, PASSWORD, registration="open")
+    assert account.budget == NO_BUDGET
+
+
+async def test_only_what_is_given_is_changed_and_everybody_sees_it(store: AccountStore) -> None:
+    account = await store.register(EMAIL, PASSWORD, registration="open")
+    other = await store.register("other@example.com", PASSWORD, registration="open")
+    await store.change(account.id, {"tokens_per_minute": 1, "tokens_per_day": 10**12}, ignore)
+    changed = await store.change(
+        account.id, {"cost_per_day": 3, "cost_per_month": 10**15, "tokens_per_minute": 0}, ignore
+    )
+    assert changed.budget == Budget(0, 10**12, 3, 10**15)
+    assert list(await store.list()) == [changed, other]
+    assert await store.find(EMAIL) == await store.login(EMAIL, PASSWORD) == await store.get(account.id, None) == changed
+
+
+async def test_a_change_is_announced_also_when_whoever_asked_has_left(
+    store: AccountStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its request is cancelled just after the commit."""
+    account = await store.register(EMAIL, PASSWORD, registration="open")
+    announced: list[str] = []
+
+    async def announce(account_id: str) -> None:
+        announced.append(account_id)
+
+    await store.change(account.id, {"tokens_per_day": 1}, announce)
+    update = accounts_module._update
+
+    async def left(*arguments: Any) -> None:
+        await update(*arguments)
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(accounts_module, "_update", left)
+    with pytest.raises(asyncio.CancelledError):
+        await store.change(account.id, {"tokens_per_day": 2}, announce)
+    assert announced == [account.id, account.id]
+    assert (await store.get(account.id, None)).budget.tokens_per_day == 2
+
+
+async def test_a_foreign_account_does_not_exist(store: AccountStore) -> None:
+    ada = await store.register(EMAIL, PASSWORD, registration="open")
+    bob = await store.register("bob@example.com", PASSWORD, registration="open")
+    assert await store.get(ada.id, ada.id) == ada
+    assert list(await store.list(ada.id)) == [ada]
+    announced: list[str] = []
+
+    async def announce(account_id: str) -> None:
+        announced.append(account_id)
+
+    nobody = new_id()
+    for answer in (store.get(bob.id, ada.id), store.get(nobody, None), store.change(nobody, {}, announce)):
+        error = await refusal(answer)
+        assert (error.http_status, error.error_code) == (404, "account_not_found")
+    assert announced == []
+
+
+@pytest.mark.parametrize(
+    "column", ["tokens_per_minute", "tokens_per_day", "cost_micros_per_day", "cost_micros_per_month"]
+)
+async def test_the_database_keeps_no_budget_below_nothing(store: AccountStore, pool: asyncpg.Pool, column: str) -> None:
+    await store.register(EMAIL, PASSWORD, registration="open")
+    with pytest.raises(asyncpg.CheckViolationError):
+        await pool.execute(f"update accounts set {column} = -1")
+
+
 async def test_without_postgres_everything_is_503(store: AccountStore, pool: asyncpg.Pool) -> None:
     await pool.close()
     for answer in (
@@ -282,5 +358,7 @@ async def test_without_postgres_everything_is_503(store: AccountStore, pool: asy
         store.register(EMAIL, PASSWORD, registration="closed"),
         store.login(EMAIL, PASSWORD),
         store.list(),
+        store.get(new_id(), None),
+        store.change(new_id(), {"tokens_per_day": 1}, ignore),
     ):
         assert (await refusal(answer)).error_code == "database_unavailable"

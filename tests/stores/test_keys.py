@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import asyncpg
 import pytest
@@ -13,16 +13,43 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from gateway.exchange import Principal, new_id
+from gateway.exchange import NO_BUDGET, Budget, Principal, new_id
 from gateway.protocol.errors import GatewayError, NotFound, Unauthenticated, Unavailable
 from gateway.stores import key_rows
 from gateway.stores import keys as keys_module
+from gateway.stores.key_limits import NO_LIMITS, KeyLimits
 from gateway.stores.key_rows import KeyChanges, Proofs
-from gateway.stores.keys import KeyStore, NewKey, load_pepper
+from gateway.stores.keys import KeyStore, NewKey
 from gateway.stores.passwords import HashingPool, matches
+from gateway.stores.secrets import load_pepper
 from gateway.stores.tokens import join_token, make_token, parse_token
 
 pytestmark = pytest.mark.integration
+
+LIMITS: KeyLimits = {
+    "requests_per_minute": 5,
+    "requests_per_second": 0.5,
+    "burst": 7,
+    "concurrent_requests": 3,
+    "allowed_models": ("gpt-*", "claude-*"),
+    "tokens_per_minute": 1_000,
+    "tokens_per_day": 10**12,
+    "cost_per_day": 5_000_001,
+    "cost_per_month": 10**15,
+    "drain_seconds": 30,
+}
+OTHER_LIMITS: KeyLimits = {
+    "requests_per_minute": 6,
+    "requests_per_second": 0.25,
+    "burst": 8,
+    "concurrent_requests": 4,
+    "allowed_models": ("llama*",),
+    "tokens_per_minute": 2_000,
+    "tokens_per_day": 3_000,
+    "cost_per_day": 1,
+    "cost_per_month": 2,
+    "drain_seconds": 600,
+}
 
 HASHING = HashingPool()  # of all tests in this file; closed by the fixture below
 
@@ -103,9 +130,7 @@ async def refusal(answer: Awaitable[object]) -> GatewayError:
 
 
 async def test_a_key_names_its_owner_and_its_limits(store: KeyStore, account: str) -> None:
-    key = await store.create(
-        account, "laptop", requests_per_minute=5, concurrent_requests=0, allowed_models=["gpt-*", "claude-*"]
-    )
+    key = await store.create(account, "laptop", **LIMITS)
     assert await store.verify(key.token) == Principal(
         key_id=key.id,
         key_prefix=f"aig_{key.id}",
@@ -113,9 +138,58 @@ async def test_a_key_names_its_owner_and_its_limits(store: KeyStore, account: st
         account_id=account,
         role="member",
         requests_per_minute=5,
-        concurrent_requests=0,
+        requests_per_second=0.5,
+        burst=7,
+        concurrent_requests=3,
         allowed_models=("gpt-*", "claude-*"),
+        budget=Budget(1_000, 10**12, 5_000_001, 10**15),
+        drain_seconds=30,
     )
+    assert (await store.get(key.id, account)).limits == LIMITS
+
+
+async def test_a_key_that_nothing_is_said_of_has_no_limits(store: KeyStore, account: str) -> None:
+    key = await store.create(account, "laptop")
+    principal = await store.verify(key.token)
+    assert principal == Principal(key.id, f"aig_{key.id}", "laptop", account, "member")
+    assert not principal.budget
+    assert not principal.account_budget
+    assert (await store.get(key.id, account)).limits == NO_LIMITS
+
+
+async def test_a_rate_without_a_burst_holds_what_flows_in_a_second(store: KeyStore, account: str) -> None:
+    key = await store.create(account, "laptop", requests_per_second=2.5)
+    assert (await store.verify(key.token)).burst == 3
+    changed = await store.change(key.id, account, KeyChanges(requests_per_second=0.1))
+    assert changed.limits["burst"] == 1
+    changed = await store.change(key.id, account, KeyChanges(burst=20))
+    assert (changed.limits["requests_per_second"], changed.limits["burst"]) == (0.1, 20)
+
+
+async def test_what_all_keys_of_an_account_may_use_is_known_with_each(
+    store: KeyStore, account: str, pool: asyncpg.Pool
+) -> None:
+    key = await store.create(account, "laptop", tokens_per_day=5)
+    await pool.execute(
+        "update accounts set tokens_per_minute = 1, tokens_per_day = 2, cost_micros_per_day = 3, cost_micros_per_month = 4"
+    )
+    principal = await store.verify(key.token)
+    assert (principal.budget, principal.account_budget) == (Budget(tokens_per_day=5), Budget(1, 2, 3, 4))
+    assert (await store.get(key.id, account)).account_budget == Budget(1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("requests_per_second", "'nan'"), ("requests_per_second", "'infinity'"), ("drain_seconds", "601")]
+    + [(column, "-1") for column in ("requests_per_second", "burst", "tokens_per_minute", "tokens_per_day")]
+    + [(column, "-1") for column in ("cost_micros_per_day", "cost_micros_per_month", "drain_seconds")],
+)
+async def test_the_database_keeps_no_limit_that_means_nothing(
+    store: KeyStore, account: str, pool: asyncpg.Pool, column: str, value: str
+) -> None:
+    await add_key(store, account)
+    with pytest.raises(asyncpg.CheckViolationError):
+        await pool.execute(f"update keys set {column} = {value}")
 
 
 async def test_the_role_is_the_accounts(store: KeyStore, pool: asyncpg.Pool) -> None:
@@ -516,6 +590,31 @@ async def test_new_limits_reach_every_process_without_argon2(
     assert argon2 == [key.token]
 
 
+async def test_a_change_of_an_account_reaches_all_its_keys_in_every_process_and_no_others(
+    pool: asyncpg.Pool, redis: Redis, account: str
+) -> None:
+    one, other = make_store(pool, time.monotonic, redis), make_store(pool, time.monotonic, redis)
+    mine = [await add_key(one, account) for _ in range(3)]
+    foreign = await add_key(one, await add_account(pool, "other@example.com"))
+    for key in (*mine, foreign):
+        await one.verify(key.token)
+        await other.verify(key.token)
+    async with listening(other):
+        known = await other.verify(foreign.token)
+        await pool.execute("update accounts set cost_micros_per_day = 7")
+        await one.announce_account(account)
+        async with asyncio.timeout(1):
+            while {(await other.verify(key.token)).account_budget.cost_per_day for key in mine} != {7}:
+                await asyncio.sleep(0.005)
+        assert [(await one.verify(key.token)).account_budget.cost_per_day for key in mine] == [7, 7, 7]
+        assert await other.verify(foreign.token) is known
+        assert (await one.verify(foreign.token)).account_budget == NO_BUDGET
+
+
+async def test_an_account_without_a_key_has_nothing_to_announce(pool: asyncpg.Pool, redis: Redis, account: str) -> None:
+    await make_store(pool, time.monotonic, redis).announce_account(account)
+
+
 async def test_a_change_that_was_missed_is_seen_when_the_channel_is_back(
     pool: asyncpg.Pool, redis: Redis, account: str
 ) -> None:
@@ -698,16 +797,21 @@ async def test_a_listed_key_says_all_but_its_secret(store: KeyStore, account: st
     new = await add_key(store, account)
     [key] = await store.list(account)
     assert (key.id, key.prefix, key.name, key.email) == (new.id, f"aig_{new.id}", "laptop", "owner@example.com")
-    assert (key.requests_per_minute, key.concurrent_requests, key.allowed_models) == (60, 20, ())
+    assert key.limits == {**NO_LIMITS, "requests_per_minute": 60, "concurrent_requests": 20}
     assert key.revoked_at is None
 
 
 async def test_only_what_is_given_is_changed(store: KeyStore, account: str) -> None:
-    key = await store.create(account, "old", requests_per_minute=1, concurrent_requests=2, allowed_models=["a"])
+    key = await store.create(account, "old", **LIMITS)
     changed = await store.change(key.id, account, KeyChanges(name="new"))
-    assert (changed.name, changed.requests_per_minute, changed.allowed_models) == ("new", 1, ("a",))
-    changed = await store.change(key.id, account, KeyChanges(requests_per_minute=0, allowed_models=[]))
-    assert (changed.requests_per_minute, changed.concurrent_requests, changed.allowed_models) == (0, 2, ())
+    assert (changed.name, changed.limits) == ("new", LIMITS)
+    for name, value in OTHER_LIMITS.items():
+        before = (await store.get(key.id, account)).limits
+        changed = await store.change(key.id, account, cast(KeyChanges, {name: value}))
+        assert changed.limits == {**before, name: value}
+    assert (changed.name, changed.limits) == ("new", OTHER_LIMITS)
+    lifted = await store.change(key.id, account, cast(KeyChanges, NO_LIMITS))
+    assert lifted.limits == NO_LIMITS
 
 
 async def test_a_foreign_key_does_not_exist(store: KeyStore, account: str, pool: asyncpg.Pool) -> None:

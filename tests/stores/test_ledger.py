@@ -172,10 +172,10 @@ async def test_months_that_are_no_longer_kept_are_dropped_and_their_sums_stay(po
     old = row(started_at=datetime(1999, 1, 5, tzinfo=UTC))
     rows = [row(started_at=datetime(2026, month, 5, tzinfo=UTC)) for month in (1, 2, 3, 4)]
     await write_rows(pool, [old, *rows])
-    assert await drop_months(pool, 1, date(2026, 4, 20)) == 2
+    assert await drop_months(pool, 1, today=date(2026, 4, 20)) == 2
     assert set(await stored(pool)) == {one.request_id for one in rows[2:]}
     assert await pool.fetchval("select sum(requests) from usage_hourly") == 5
-    assert await drop_months(pool, 1, date(2026, 4, 20)) == 0
+    assert await drop_months(pool, 1, today=date(2026, 4, 20)) == 0
 
 
 # --- the migration ------------------------------------------------------------------------------------------------

@@ -15,15 +15,18 @@ from typing import Any
 import asyncpg
 import pytest
 
+from gateway.protocol.errors import Unavailable
 from gateway.stores import ledger as ledger_module
 from gateway.stores import segments as segments_module
 from gateway.stores import shipper as shipper_module
+from gateway.stores.dead_letters import DEAD_LETTERS
 from gateway.stores.journal import Journal, JournalFull
 from gateway.stores.migrations import migrate
-from gateway.stores.segments import abandoned, path_of, segments_of
-from gateway.stores.shipper import DEAD_LETTERS, Shipper
+from gateway.stores.segments import abandoned, bytes_in, path_of, segments_of
+from gateway.stores.shipper import Shipper
 from gateway.stores.usage import UsageRow
-from tests.prove.kill_loop import LEDGER, Postgres
+from tests.prove.ledger import LEDGER
+from tests.prove.postgres import Postgres
 from tests.support.journal_writer import begun, row
 from tests.support.proxy import proxied_postgres
 
@@ -36,6 +39,7 @@ class Heard:
     def __init__(self) -> None:
         self.rows: Counter[str] = Counter()
         self.errors = 0
+        self.adopted: list[UsageRow] = []
 
     def on_rows(self, result: str, count: int) -> None:
         self.rows[result] += count
@@ -63,7 +67,12 @@ async def shipper(pool: asyncpg.Pool, journal: Journal, heard: Heard) -> AsyncIt
 
 @asynccontextmanager
 async def running(pool: asyncpg.Pool, journal: Journal, heard: Heard, **settings: Any) -> AsyncIterator[Shipper]:
-    shipper = Shipper(pool, journal, on_rows=heard.on_rows, on_error=heard.on_error, **{"linger": 0.02, **settings})
+    hooks: dict[str, Any] = {
+        "on_rows": heard.on_rows,
+        "on_error": heard.on_error,
+        "on_adopted": heard.adopted.append,
+    }
+    shipper = Shipper(pool, journal, **{**hooks, "linger": 0.02, **settings})
     task = asyncio.create_task(shipper.run())
     try:
         yield shipper
@@ -147,7 +156,7 @@ async def test_segments_are_removed_when_they_are_shipped(pool: asyncpg.Pool, tm
             await until(lambda: shipper.queued == 0)
         await until(lambda: len(segments_of(journal.folder)) <= 2)
         assert 1 in segments_of(journal.folder), "an exchange that began in it has not ended"
-        assert journal.bytes == sum(path_of(journal.folder, one).stat().st_size for one in segments_of(journal.folder))
+        await until(lambda: journal.bytes == bytes_in(journal.folder))
         journal.end(replace(long, outcome="ok"))
         await until(lambda: 1 not in segments_of(journal.folder))
     assert list(tmp_path.iterdir()) == [], "nothing was left to ship"
@@ -198,6 +207,75 @@ async def test_many_rows_a_second_pass(
     assert await pool.fetchval("select sum(requests) from usage_hourly") == 10_000
 
 
+# --- for those who read the ledger ------------------------------------------------------------------------------
+
+
+async def test_flushed_returns_when_all_that_had_ended_is_in_the_database(
+    pool: asyncpg.Pool, journal: Journal, heard: Heard
+) -> None:
+    async with running(pool, journal, heard, linger=60.0) as shipper:
+        await shipper.flushed()
+        for number in range(1, 30):
+            exchanges(journal, number)
+            if number % 2:
+                await asyncio.sleep(0)
+            await asyncio.gather(shipper.flushed(), shipper.flushed())
+            assert len(await outcomes(pool)) == number * (number + 1) // 2
+        exchanges(journal, 1)
+        await asyncio.sleep(0.2)
+        assert shipper.queued == 1, "rows that nobody waits for linger as before"
+    assert heard.adopted == [], "our own rows are not from the dead"
+
+
+async def test_flushed_waits_for_the_attempt_that_began_after_it_was_called(
+    pool: asyncpg.Pool, shipper: Shipper, journal: Journal
+) -> None:
+    query = "select count(*) from pg_locks where not granted and relation = 'usage'::regclass"
+    async with pool.acquire() as holder:
+        async with holder.transaction():
+            await holder.execute("lock table usage in exclusive mode")
+            exchanges(journal, 1)
+            async with asyncio.timeout(10):
+                while not await pool.fetchval(query):
+                    await asyncio.sleep(0.01)
+            exchanges(journal, 1)
+            flushed = asyncio.create_task(shipper.flushed())
+            await asyncio.sleep(0.05)
+            assert not flushed.done()
+        await flushed
+    assert len(await outcomes(pool)) == 2
+
+
+@pytest.mark.parametrize("how", ["stalls", "is gone"])
+async def test_flushed_says_within_seconds_that_the_database_does_not_answer(
+    database_url: str, journal: Journal, heard: Heard, how: str, pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shipper_module, "FLUSH_PATIENCE", 0.5)
+    monkeypatch.setattr(shipper_module, "RETRY_LAST", 0.1)
+    monkeypatch.setattr(ledger_module, "PATIENCE", 1.0)
+    async with (
+        proxied_postgres(database_url) as (proxy, url),
+        asyncpg.create_pool(url, min_size=1) as distant,
+        running(distant, journal, heard) as shipper,
+    ):
+        if how == "stalls":
+            proxy.stall()
+        else:
+            await proxy.cut()
+        exchanges(journal, 3)
+        started = perf_counter()
+        with pytest.raises(Unavailable):
+            await shipper.flushed()
+        assert perf_counter() - started < 2
+        if how == "stalls":
+            proxy.resume()
+        else:
+            await proxy.start()
+        await until(lambda: not shipper.queued)
+        await shipper.flushed()
+    assert len(await outcomes(pool)) == 3
+
+
 # --- after a death ------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +306,9 @@ async def test_what_a_dead_process_began_and_ended_and_how_far_it_was_is_recorde
         assert [tuple(found) for found in await pool.fetch(query, one.request_id)] == [figures]
     assert await balanced(pool)
     assert heard.rows == {"written": 702}
+    assert {one.request_id: one.outcome for one in heard.adopted} == await outcomes(pool)
+    assert len(heard.adopted) == 702
+    assert [one.cost_micros for one in heard.adopted if one.outcome == "interrupted"] == [99, 98]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -121,7 +121,7 @@ def test_an_exchange_that_broke_before_any_text_has_no_first_token_and_an_estima
     broken = row_of(
         exchange(first_byte=0.0, meter=Meter(["12345678"]), outcome="upstream_error", error_code="upstream_truncated")
     )
-    assert (broken.ttft_ms, broken.prompt_tokens, broken.completion_tokens) == (None, 2, 0)
+    assert (broken.ttft_ms, broken.prompt_tokens, broken.completion_tokens) == (None, 10, 0)
     assert (broken.usage_source, broken.outcome, broken.error_code) == (
         "estimated",
         "upstream_error",

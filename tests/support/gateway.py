@@ -46,7 +46,11 @@ class Gateway:
     async def rows(self) -> list[asyncpg.Record]:
         """Usage rows, oldest first, once all that are due are written."""
         async with asyncio.timeout(5):
-            while not self.app[appkeys.PULSE].idle or self.app[appkeys.SHIPPER].queued:
+            while (
+                not self.app[appkeys.PULSE].idle
+                or self.app[appkeys.RECORDER].counting
+                or self.app[appkeys.SHIPPER].queued
+            ):
                 await asyncio.sleep(0.01)
         rows: list[asyncpg.Record] = await self.app[appkeys.POOL].fetch("select * from usage order by request_id")
         return rows

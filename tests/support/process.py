@@ -4,8 +4,8 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,20 +39,23 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(environ: Mapping[str, str], *, coverage: bool = True) -> AsyncIterator[Served]:
+async def serving(
+    environ: Mapping[str, str], *, coverage: bool = True, log: Path | None = None
+) -> AsyncIterator[Served]:
     """Runs until the block ends. What the tests' own environment sets for providers does not reach it.
 
-    `coverage=False` where time or memory is measured: what measures coverage costs both.
+    `coverage=False` where time or memory is measured: what measures coverage costs both. `log`: a file to which its
+    log lines are added; without one they are the test's own.
     """
     passed = ["PATH", "HOME", "TMPDIR", *(["COVERAGE_PROCESS_CONFIG"] if coverage else [])]
     kept = {name: os.environ[name] for name in passed if name in os.environ}
     data_dir = TemporaryDirectory()
     started = monotonic()
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "gateway", "serve", "--port", "0",
-        env={**kept, "GATEWAY_DATA_DIR": data_dir.name, **environ},
-        stdout=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+    with log.open("ab") if log else nullcontext() as errors:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "gateway", "serve", "--port", "0",
+            env={**kept, "GATEWAY_DATA_DIR": data_dir.name, **environ}, stdout=asyncio.subprocess.PIPE, stderr=errors,
+        )  # fmt: skip
     assert process.stdout is not None
     try:
         line = (await asyncio.wait_for(process.stdout.readline(), 30)).decode()
@@ -79,3 +82,11 @@ async def new_key(served: Served, **limits: Any) -> str:
             assert response.status == 201, await response.text()
             key: str = (await response.json())["api_key"]
             return key
+
+
+async def until(true: Callable[[], object], seconds: float = 60) -> None:
+    """Waits for what other processes bring about. Raises AssertionError when they do not within `seconds`."""
+    deadline = monotonic() + seconds
+    while not true():
+        assert monotonic() < deadline, f"not within {seconds} s"
+        await asyncio.sleep(0.01)

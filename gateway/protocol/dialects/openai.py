@@ -35,6 +35,8 @@ _LAST_WORD = b"[DONE]"
 # verdict on the prompt, the sources of a search.
 _MORE_THAN_USAGE = ("moderation", "prompt_filter_results", "citations", "search_results")
 
+_HEAD = ("id", "created", "model", "service_tier", "system_fingerprint")  # the same in all chunks of a stream
+
 
 class OpenAITranslator:
     """One upstream attempt. `feed` never raises: what went wrong is kept, `done` turns true and `flush` raises it."""
@@ -43,6 +45,8 @@ class OpenAITranslator:
         self._call = call
         self._decoder = SSEDecoder()
         self._choices: dict[int, bool] = {}  # every index seen: has it its finish reason?
+        self._latest: dict[str, Any] = {}  # the last chunk that came
+        self._usage_sent = False  # in a chunk of its own
         self._bad_events = 0
         self._error: UpstreamError | None = None
         self._done = False
@@ -86,6 +90,26 @@ class OpenAITranslator:
         self._done = True
         return [*chunks, Chunk(DONE)]
 
+    def cut(self, usage: Usage) -> bytes:
+        if self._done and self._error is None:
+            return b""
+        self._done = True
+        events = []
+        if not self._choices:
+            self._choices[0] = False
+            events.append(self._made(_choice(0, {"role": "assistant", "content": ""})))
+        events += [self._made(_choice(index, {}, "length")) for index, ended in self._choices.items() if not ended]
+        if self._call.chat.wants_usage and not self._usage_sent:
+            events.append(self._made(usage=usage))
+        return b"".join([*events, DONE])
+
+    def _made(self, *choices: dict[str, Any], usage: Usage | None = None) -> bytes:
+        """The event of a chunk of ours, with the head of the provider's."""
+        chunk = {**_head(self._latest, self._call), "choices": choices}
+        if self._call.chat.wants_usage:
+            chunk["usage"] = usage.to_openai() if usage is not None else None
+        return data_event(_dumps(chunk).encode("utf-8", "backslashreplace"))  # JSON's own escape for half an emoji
+
     def _events(self, data: bytes) -> list[Event]:
         try:
             return self._decoder.feed(data)
@@ -116,8 +140,11 @@ class OpenAITranslator:
     def _chunk(self, event: Event, parsed: dict[str, Any]) -> Chunk:
         choices = _choices(parsed)
         usage = _usage(parsed)
-        if not choices and not self._call.chat.wants_usage and _is_usage_alone(parsed):
-            return Chunk(b"", usage=usage)
+        if not choices:
+            if not self._call.chat.wants_usage and _is_usage_alone(parsed):
+                return Chunk(b"", usage=usage)
+            self._usage_sent = self._usage_sent or usage is not None
+        self._latest = parsed
         finish_reason = None
         for position, choice in enumerate(choices):
             index = choice.get("index")
@@ -221,6 +248,17 @@ def _sendable(event: Event) -> bytes:
     if event.plain or event.data is None:
         return event.raw
     return data_event(event.data.replace(b"\n", b" "))
+
+
+def _head(latest: Mapping[str, Any], call: Call) -> dict[str, Any]:
+    """What a chunk of ours begins with: as in the provider's `latest`, and the call's own where that says nothing."""
+    own = {"id": call.completion_id, "object": "chat.completion.chunk", "created": call.created}
+    said = {name: value for name in _HEAD if isinstance(value := latest.get(name), str | int | float) and value}
+    return {**own, "model": call.target.model, **said}
+
+
+def _choice(index: int, delta: Mapping[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
 
 
 def _choices(parsed: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -147,7 +147,7 @@ def test_a_stream_that_was_cut_still_knows_its_prompt() -> None:
     anthropic, meter = translator(), Meter(["never read"])
     for chunk in anthropic.feed(start() + text("12345678")):
         meter.see(chunk.text, chunk.usage, chunk.finish_reason)
-    assert meter.result() == (Usage(12, 2), "estimated")
+    assert meter.result() == (Usage(12, 3), "estimated")
 
 
 def test_the_last_usage_overwrites_field_by_field() -> None:
@@ -254,6 +254,26 @@ def test_the_input_of_a_custom_tool_is_not_held_without_end() -> None:
     assert anthropic.done
     with pytest.raises(EventTooLarge):
         anthropic.flush()
+
+
+@pytest.mark.parametrize("tools", [[], CUSTOM])
+def test_a_call_that_is_open_when_we_cut_stays_as_far_as_it_came(tools: list[Json]) -> None:
+    anthropic = translator(tools=tools)
+    opened = block(0, type="tool_use", id="toolu_1", name="run", input={})
+    anthropic.feed(start() + opened + delta(0, "input_json_delta", partial_json='{"inp'))
+    choice = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "length"}
+    chunk, done = anthropic.cut(Usage(12, 3)).removesuffix(b"\n\n").split(b"\n\n")
+    assert orjson.loads(chunk.removeprefix(b"data: "))["choices"] == [choice]
+    assert done == b"data: [DONE]"
+
+
+def test_a_message_that_has_its_finish_reason_keeps_it_when_we_cut() -> None:
+    anthropic = translator(stream_options={"include_usage": True})
+    anthropic.feed(start() + text("a") + finish())
+    usage, done, _ = anthropic.cut(Usage(12, 3)).split(b"\n\n")
+    read = orjson.loads(usage.removeprefix(b"data: "))
+    assert (read["choices"], read["usage"]) == ([], Usage(12, 3).to_openai())
+    assert done == b"data: [DONE]"
 
 
 def test_server_tools_take_no_index_of_the_clients() -> None:

@@ -164,6 +164,16 @@ def test_a_stream_that_ends_before_its_last_word_was_cut(rest: bytes) -> None:
         stream.flush()
 
 
+def test_a_stream_that_we_cut_ends_as_if_ollama_had_reached_its_limit() -> None:
+    asking = {"stream_options": {"include_usage": True}}
+    limited = b'{"message":{"content":""},"done":true,"done_reason":"length","prompt_eval_count":5,"eval_count":2}\n'
+    for before in (b"", HELLO):
+        ours, theirs = translator(asking), translator(asking)
+        sent = b"".join(chunk.data for chunk in ours.feed(before + b'{"message":{"content":"hal'))
+        assert sent + ours.cut(Usage(5, 2)) == b"".join(chunk.data for chunk in theirs.feed(before + limited))
+        assert ours.flush() == []
+
+
 def test_an_error_in_mid_stream_is_raised_after_what_came_before_it() -> None:
     stream = translator()
     chunks = stream.feed(HELLO + line(error="the model runner stopped") + END)

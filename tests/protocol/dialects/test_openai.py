@@ -250,6 +250,71 @@ def test_what_was_left_open_after_done_is_ignored() -> None:
     assert openai.flush() == []
 
 
+# --- an end of ours -----------------------------------------------------------------------------------------------
+
+
+def cut_of(openai: OpenAITranslator) -> list[Any]:
+    """The chunks of the last bytes; the `[DONE]` after them is left out."""
+    *chunks, done, end = openai.cut(Usage(7, 5)).split(b"\n\n")
+    assert (done, end) == (b"data: [DONE]", b"")
+    return [orjson.loads(each.removeprefix(b"data: ")) for each in chunks]
+
+
+def test_the_end_of_a_stream_that_we_cut_has_the_head_of_the_chunks_before_it() -> None:
+    openai = translator()
+    openai.feed(event(chunk({"content": "a"}, service_tier="flex", system_fingerprint="fp_1")))
+    assert cut_of(openai) == [
+        {
+            **chunk(service_tier="flex", system_fingerprint="fp_1"),
+            "choices": [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "length"}],
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    "head", [{}, {"id": "", "created": 0, "model": ""}, {"id": None, "created": None, "model": []}]
+)
+def test_what_the_providers_chunks_do_not_say_is_our_own(head: dict[str, Any]) -> None:
+    openai = translator(target={"model": "m"})
+    openai.feed(event({**head, "choices": [{"index": 0, "delta": {"content": "a"}}]}))
+    (last,) = cut_of(openai)
+    assert (last["id"], last["created"], last["model"]) == ("chatcmpl-test", 1_700_000_000, "m")
+
+
+def test_a_stream_that_we_cut_before_its_first_chunk_has_a_role_and_an_end() -> None:
+    first, second = cut_of(translator())
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert [each["choices"][0]["finish_reason"] for each in (first, second)] == [None, "length"]
+
+
+def test_only_choices_that_go_on_are_ended_by_us() -> None:
+    openai = translator({"n": 3})
+    openai.feed(event({"choices": [{"index": 2}, {"index": 0, "finish_reason": "stop"}]}))
+    assert [each["choices"][0]["index"] for each in cut_of(openai)] == [2]
+
+
+def test_a_client_has_the_usage_once() -> None:
+    early, late = translator(ASKING), translator(ASKING)
+    for openai in (early, late):
+        openai.feed(event(chunk({"content": "a"}, "stop", usage=USAGE)))
+    late.feed(event({"choices": [], "usage": USAGE}))
+    assert [each["usage"] for each in cut_of(early)] == [Usage(7, 5).to_openai()]
+    assert cut_of(late) == []
+
+
+def test_a_chunk_of_ours_is_json_whatever_the_provider_calls_itself() -> None:
+    openai = translator()
+    openai.feed(b'data: {"id":"\\ud83d\\u65e5","choices":[{"index":0,"delta":{}}]}\n\n')
+    assert json.loads(openai.cut(Usage(1, 1)).split(b"\n\n")[0][6:])["id"] == "\ud83d日"
+
+
+def test_an_event_that_is_half_there_is_dropped_when_we_cut() -> None:
+    openai = translator()
+    openai.feed(event(chunk({"content": "a"})) + b'data: {"choices":[{"index":1')
+    assert [each["choices"][0]["index"] for each in cut_of(openai)] == [0]
+    assert openai.flush() == []
+
+
 # --- usage --------------------------------------------------------------------------------------------------------
 
 ALONE = {"id": "c1", "object": "chat.completion.chunk", "choices": [], "usage": USAGE}

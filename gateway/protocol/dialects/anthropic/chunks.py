@@ -109,6 +109,14 @@ class Chunks:
             self.out.append(Chunk(self._event([], usage), usage=usage))
         self.out.append(Chunk(DONE))
 
+    def cut(self, usage: Usage) -> None:
+        """An end of ours. Calls stay open, as they are where `max_tokens` ends them."""
+        if not self.role_sent:
+            self.send_role()
+        if self.finish_reason is None:
+            self.out.append(Chunk(self._choice({}, "length")))
+        self.end(usage)
+
     def _choice(self, delta: Json, finish_reason: str | None = None) -> bytes:
         return self._event([{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}])
 

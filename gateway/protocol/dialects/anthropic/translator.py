@@ -18,6 +18,7 @@ from gateway.protocol.dialects.anthropic.tools import offered_tools
 from gateway.protocol.errors import EventTooLarge, UpstreamBadBody, UpstreamError, UpstreamTruncated
 from gateway.protocol.refusals import refusal, reported
 from gateway.protocol.sse import PING, Event, SSEDecoder, decode_event
+from gateway.protocol.usage import Usage
 
 MAX_BAD_EVENTS = 3  # one may be a middlebox; three are not this dialect
 
@@ -72,6 +73,14 @@ class AnthropicTranslator:
         if not self._done:
             raise UpstreamTruncated("the provider's stream ended before its message_stop")
         return self._chunks.out
+
+    def cut(self, usage: Usage) -> bytes:
+        if self._done and self._error is None:
+            return b""
+        self._done = True
+        self._chunks.out = []
+        self._chunks.cut(usage)
+        return b"".join(chunk.data for chunk in self._chunks.out)
 
     def reply(self, body: bytes) -> Reply:
         return read_reply(self._call, self._tools, body)

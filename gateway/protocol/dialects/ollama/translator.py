@@ -38,6 +38,8 @@ from gateway.protocol.usage import Usage
 
 MAX_BAD_LINES = 3  # one line of broken JSON may be a proxy's slip, three are another protocol
 
+_NOTHING = Said("", "", "", (), None)
+
 
 class OllamaTranslator:
     """One upstream attempt. `feed` never raises: what went wrong is kept, `done` turns true and `flush` raises it."""
@@ -90,6 +92,12 @@ class OllamaTranslator:
             raise UpstreamTruncated("the provider's stream ended before the answer did")
         return chunks
 
+    def cut(self, usage: Usage) -> bytes:
+        if self._done and self._error is None:
+            return b""
+        self._done = True
+        return self._chunk(_NOTHING).data + self._end("length", usage)
+
     def _take(self, line: bytes) -> list[Chunk]:
         if len(line) > MAX_EVENT:
             self._fail(_too_large())
@@ -141,10 +149,14 @@ class OllamaTranslator:
 
     def _last_chunk(self, line: Mapping[str, Any], said: Said) -> Chunk:
         finish_reason, usage = self._finish_reason(line), _usage(line)
-        events = [self._chunk(said).data, self._event({}, finish_reason)]
+        data = self._chunk(said).data + self._end(finish_reason, usage)
+        return Chunk(data, said.text, usage, finish_reason)
+
+    def _end(self, finish_reason: str, usage: Usage | None) -> bytes:
+        events = [self._event({}, finish_reason)]
         if usage is not None and self._call.chat.wants_usage:
             events.append(data_event(self._head + b'],"usage":' + dumps(usage.to_openai()) + b"}"))
-        return Chunk(b"".join([*events, DONE]), said.text, usage, finish_reason)
+        return b"".join([*events, DONE])
 
     def _delta(self, delta: Any) -> bytes:
         return self._before + dumps(delta) + self._after
