@@ -2,11 +2,21 @@
 
 import math
 from collections import OrderedDict, deque
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from gateway.exchange import Principal
 
-Reason = Literal["", "requests_per_minute", "concurrent_requests", "global_requests_per_minute", "unavailable"]
+Reason = Literal[
+    "",
+    "requests_per_minute",
+    "concurrent_requests",
+    "global_requests_per_minute",
+    "requests_per_second",
+    "route_requests_per_second",
+    "unavailable",
+]
+Rates = Mapping[str, tuple[float, int]]  # by route: requests a second, and how many its bucket holds
 
 MAX_KEYS = 10_000  # whose requests are remembered here: 20 MB if each had 60
 CONCURRENT_RETRY = 1  # seconds; nobody knows when a request ends
@@ -17,9 +27,9 @@ class Admission(NamedTuple):
 
     granted: bool
     reason: Reason = ""  # which limit refused it
-    limit: int = 0  # requests that the window has room for; 0: there is no limit
+    limit: int = 0  # requests that the window has room for, or that the bucket holds; 0: there is no limit
     remaining: int = 0
-    # Seconds until the window is empty again, which is what OpenAI's `x-ratelimit-reset-requests` says
+    # Seconds until the window is empty again, or the bucket full: what OpenAI's `x-ratelimit-reset-requests` says
     # (https://platform.openai.com/docs/guides/rate-limits).
     reset_after: float = 0.0
     retry_after: int = 0  # whole seconds until the window has room for one more; 0: granted
@@ -62,21 +72,54 @@ class SlidingWindow:
             self._times.popleft()
 
 
+class Buckets:
+    """Token buckets, each of which is one number: when it will be full again, seconds.
+
+    https://en.wikipedia.org/wiki/Generic_cell_rate_algorithm. Whoever asks says what the bucket's rate is (tokens a
+    second) and how many it holds, so that a change of them counts at once.
+    """
+
+    def __init__(self) -> None:
+        self._full_at: OrderedDict[str, float] = OrderedDict()  # the least recently used first
+
+    def room_after(self, name: str, rate: float, burst: int, now: float, tokens: int = 1) -> float:
+        """Seconds until it holds so many; not above 0: it does."""
+        return max(self._full_at.get(name, now), now) + (tokens - burst) / rate - now - 1e-6  # what floats round
+
+    def full_after(self, name: str, now: float) -> float:
+        return max(self._full_at.get(name, now) - now, 0.0)
+
+    def take(self, name: str, rate: float, now: float, tokens: int = 1) -> None:
+        """Also what is not there, and less than nothing: then some is put back."""
+        self._full_at[name] = max(self._full_at.get(name, now), now) + tokens / rate
+        self._full_at.move_to_end(name)
+        if len(self._full_at) > MAX_KEYS:
+            self._full_at.popitem(last=False)
+
+    def forget_full(self, now: float) -> None:
+        for name in [name for name, full_at in self._full_at.items() if full_at <= now]:
+            del self._full_at[name]
+
+
 class Grants:
     """What this process granted: its requests of the last window, and the leases of those that still run.
 
     Written by the limiter alone. Enough to go on without Redis, and to know without asking that a limit is used up.
     """
 
-    def __init__(self, window: float, all_limit: int) -> None:
+    def __init__(self, window: float, all_limit: int, rates: Rates) -> None:
         self._window = window
         self._all_limit = all_limit
+        self._rates = rates
         self._all = SlidingWindow(window)
+        self._buckets = Buckets()
         self._windows: OrderedDict[str, SlidingWindow] = OrderedDict()  # by key id, the least recently used first
         self._leases: dict[str, str] = {}  # exchange id -> key id
         self._concurrent: dict[str, int] = {}  # key id -> its leases; no zeros
 
-    def refusal(self, who: Principal, now: float, *, nodes: int = 1, slack: float = 0.0) -> Admission | None:
+    def refusal(
+        self, who: Principal, route: str, now: float, *, nodes: int = 1, slack: float = 0.0
+    ) -> Admission | None:
         """The answer when this process has granted a node's share of a limit by itself; None: there is room."""
         limit, concurrent = _share(who.requests_per_minute, nodes), _share(who.concurrent_requests, nodes)
         all_limit = _share(self._all_limit, nodes)
@@ -86,13 +129,19 @@ class Grants:
             return refused("concurrent_requests", who.concurrent_requests, 0.0, 0.0)
         if all_limit and not self._all.has_room(all_limit, now, slack):
             return self._full("global_requests_per_minute", self._all_limit, self._all, all_limit, now)
+        for reason, name, rate, burst in self._buckets_of(who, route):
+            wait = self._buckets.room_after(name, rate / nodes, _share(burst, nodes), now)
+            if wait > slack:
+                return refused(reason, burst, self._buckets.full_after(name, now), wait)
         return None
 
-    def record(self, who: Principal, exchange_id: str, now: float) -> None:
+    def record(self, who: Principal, route: str, exchange_id: str, now: float, *, nodes: int = 1) -> None:
         if who.requests_per_minute:
             self._window_of(who.key_id).add(now)
         if self._all_limit:
             self._all.add(now)
+        for _, name, rate, _ in self._buckets_of(who, route):
+            self._buckets.take(name, rate / nodes, now)
         if who.concurrent_requests:
             self.hold(who.key_id, exchange_id)
 
@@ -132,6 +181,16 @@ class Grants:
     def forget_idle(self, now: float) -> None:
         for key_id in [key_id for key_id, window in self._windows.items() if not window.count(now)]:
             del self._windows[key_id]
+        self._buckets.forget_full(now)
+
+    def _buckets_of(self, who: Principal, route: str) -> list[tuple[Reason, str, float, int]]:
+        """Which limit it is, its name, requests a second and burst."""
+        buckets: list[tuple[Reason, str, float, int]] = []
+        if who.requests_per_second:
+            buckets.append(("requests_per_second", who.key_id, who.requests_per_second, max(who.burst, 1)))
+        if route in self._rates:
+            buckets.append(("route_requests_per_second", route, *self._rates[route]))
+        return buckets
 
     def _window_of(self, key_id: str) -> SlidingWindow:
         window = self._windows.get(key_id)

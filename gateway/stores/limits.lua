@@ -1,36 +1,16 @@
-#!lua
--- Admits requests, renews and gives back their leases: one call for any number of operations, done in their order.
--- A request is recorded against all of its limits or against none.
---
--- The first line makes the server look before it starts whether it may write and has memory left; without it a script
--- that begins by removing something is let through. It takes Redis 7 or Valkey.
--- https://redis.io/docs/latest/develop/programmability/lua-api/#script_flags
---
--- ARGV[1], [2], [3]  window, µs; lease, µs; requests a window of all keys together (0: no limit)
--- ARGV[4]            a line for each operation, five words: "admit", "renew" or "release"; key id; exchange id; the
---                    key's requests a window and concurrent requests (0: no limit; only "admit" reads them)
+-- Admits requests, renews and gives back their leases. A request is recorded against all of its limits or against none.
 --
 -- aig:limits:requests     requests of all keys: member exchange id, score when it was granted, µs
 -- aig:limits:requests:ID  of the key ID: the same
 -- aig:limits:leases:ID    its leases: member exchange id, score when the lease ends, µs
---
--- One string in and one out, because redis-py spends more time on packing an argument than Lua on reading it. So the
--- names of keys are made here, and the server may have replicas but may not be a cluster.
---
--- Answers four integers for each "admit", all in one string:
--- the limit that refused it (0: granted), what is left of the window of that limit (of the key's own, when granted),
--- µs until that window is empty again, and µs until it has room for one more (0: granted, or not known).
+-- aig:limits:rate:NAME    a token bucket, of the key k:ID or of the route r:PATH: when it will be full again, µs.
+--                         That one number is all of it: https://en.wikipedia.org/wiki/Generic_cell_rate_algorithm
 
-local GRANTED, REQUESTS, CONCURRENT, ALL_REQUESTS = 0, 1, 2, 3
+local REQUESTS, CONCURRENT, ALL_REQUESTS, RATE, ROUTE_RATE = 1, 2, 3, 4, 5
+local ALL, REQUESTS_OF, LEASES_OF, RATE_OF =
+  "aig:limits:requests", "aig:limits:requests:", "aig:limits:leases:", "aig:limits:rate:"
 
--- Servers that fail over to each other are less than this apart. Scores further in the future were written before the
--- clock was set back: they are dropped when they fill a limit, or it would stay full until the clock has caught up.
-local CLOCK_SKEW = 30 * 1000000 -- µs
-
-local clock = redis.call("TIME")
-local now = tonumber(clock[1]) * 1000000 + tonumber(clock[2])
-local window, lease, all_limit = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local ALL, REQUESTS_OF, LEASES_OF = "aig:limits:requests", "aig:limits:requests:", "aig:limits:leases:"
+-- --- windows and leases ------------------------------------------------------------------------------------------
 
 local function count(key, limit, ended, latest)
   redis.call("ZREMRANGEBYSCORE", key, "-inf", ended)
@@ -39,57 +19,95 @@ local function count(key, limit, ended, latest)
   return members - redis.call("ZREMRANGEBYSCORE", key, latest + 1, "+inf")
 end
 
-local function count_requests(key, limit)
+local function count_requests(key, limit, window)
   return limit > 0 and count(key, limit, now - window, now + CLOCK_SKEW) or 0
 end
 
-local function count_leases(key, limit)
-  return limit > 0 and count(key, limit, now, now + lease + CLOCK_SKEW) or 0
-end
-
 -- µs until the request of that rank, oldest first, leaves the window.
-local function ends_in(key, rank)
+local function ends_in(key, rank, window)
   return tonumber(redis.call("ZRANGE", key, rank, rank, "WITHSCORES")[2]) + window - now
 end
 
-local function record_request(key, id)
+local function record_request(key, id, window)
   redis.call("ZADD", key, now, id)
   redis.call("PEXPIRE", key, math.ceil(window / 1000))
 end
 
-local function renew(leases, id)
+local function renew(leases, id, lease)
   redis.call("ZADD", leases, now + lease, id)
   redis.call("PEXPIRE", leases, math.ceil(lease / 1000))
 end
 
-local function admit(requests, leases, id, limit, concurrent)
-  local taken = count_requests(requests, limit)
-  if limit > 0 and taken >= limit then
-    return REQUESTS, 0, ends_in(requests, -1), ends_in(requests, taken - limit)
-  end
-  if concurrent > 0 and count_leases(leases, concurrent) >= concurrent then
-    return CONCURRENT, 0, 0, 0 -- nobody knows when a request ends
-  end
-  local all_taken = count_requests(ALL, all_limit)
-  if all_limit > 0 and all_taken >= all_limit then
-    return ALL_REQUESTS, 0, ends_in(ALL, -1), ends_in(ALL, all_taken - all_limit)
-  end
-  if limit > 0 then record_request(requests, id) end
-  if concurrent > 0 then renew(leases, id) end
-  if all_limit > 0 then record_request(ALL, id) end
-  return GRANTED, math.max(limit - taken - 1, 0), limit > 0 and window or 0, 0
+-- --- token buckets -----------------------------------------------------------------------------------------------
+
+-- When the bucket will be full again, and in how many µs it holds one more (not above 0: it does). `interval` is µs a
+-- request, 0: there is no bucket.
+local function bucket(key, interval, burst)
+  if interval == 0 then return now, 0 end
+  local full_at = tonumber(redis.call("GET", key) or 0)
+  if full_at > now + burst * interval + CLOCK_SKEW then full_at = 0 end
+  full_at = math.max(full_at, now)
+  return full_at, full_at - (burst - 1) * interval - now
 end
 
-local answers = {}
-for operation, key, id, limit, concurrent in string.gmatch(ARGV[4], "(%S+) (%S+) (%S+) (%d+) (%d+)") do
-  local requests, leases = REQUESTS_OF .. key, LEASES_OF .. key
-  if operation == "admit" then
-    local answer = {admit(requests, leases, id, tonumber(limit), tonumber(concurrent))}
-    answers[#answers + 1] = table.concat(answer, " ")
-  elseif operation == "renew" then
-    renew(leases, id)
-  else
-    redis.call("ZREM", leases, id)
-  end
+local function take(key, full_at)
+  redis.call("SET", key, string.format("%.2f", full_at), "PX", math.ceil((full_at - now) / 1000))
 end
-return table.concat(answers, " ")
+
+-- --- operations --------------------------------------------------------------------------------------------------
+
+-- Four integers: the limit that refused it (0: granted), what is left of the window of that limit (of the key's own,
+-- when granted), µs until that window is empty or that bucket full again, and µs until it has room for one more (0:
+-- granted, or not known).
+local function answer(which, left, empty_after, room_after)
+  return string.format("%d %d %.0f %.0f", which, left, math.ceil(empty_after), math.ceil(room_after))
+end
+
+local ADMIT = "^(%S+) (%S+)" .. string.rep(" ([%d.]+)", 7) .. " (%S+) ([%d.]+) ([%d.]+)$"
+
+-- Key id; exchange id; window, µs; lease, µs; then limits, for each of which 0 is none: the key's requests a window; its
+-- concurrent requests; requests a window of all keys together; µs a request and burst of the key's bucket; route, µs a
+-- request and burst of its bucket.
+function operations.admit(words)
+  local key, id, window, lease, limit, concurrent, all_limit, interval, burst, route, route_interval, route_burst =
+    string.match(words, ADMIT)
+  local requests, leases = REQUESTS_OF .. key, LEASES_OF .. key
+  local rate, route_rate = RATE_OF .. "k:" .. key, RATE_OF .. "r:" .. route
+  window, lease, limit, concurrent = tonumber(window), tonumber(lease), tonumber(limit), tonumber(concurrent)
+  all_limit, interval, route_interval = tonumber(all_limit), tonumber(interval), tonumber(route_interval)
+
+  local taken = count_requests(requests, limit, window)
+  if limit > 0 and taken >= limit then
+    return answer(REQUESTS, 0, ends_in(requests, -1, window), ends_in(requests, taken - limit, window))
+  end
+  if concurrent > 0 and count(leases, concurrent, now, now + lease + CLOCK_SKEW) >= concurrent then
+    return answer(CONCURRENT, 0, 0, 0) -- nobody knows when a request ends
+  end
+  local all_taken = count_requests(ALL, all_limit, window)
+  if all_limit > 0 and all_taken >= all_limit then
+    return answer(ALL_REQUESTS, 0, ends_in(ALL, -1, window), ends_in(ALL, all_taken - all_limit, window))
+  end
+  local full_at, wait = bucket(rate, interval, tonumber(burst))
+  if wait >= 1 then return answer(RATE, 0, full_at - now, wait) end
+  local route_full_at, route_wait = bucket(route_rate, route_interval, tonumber(route_burst))
+  if route_wait >= 1 then return answer(ROUTE_RATE, 0, route_full_at - now, route_wait) end
+
+  if limit > 0 then record_request(requests, id, window) end
+  if concurrent > 0 then renew(leases, id, lease) end
+  if all_limit > 0 then record_request(ALL, id, window) end
+  if interval > 0 then take(rate, full_at + interval) end
+  if route_interval > 0 then take(route_rate, route_full_at + route_interval) end
+  return answer(0, math.max(limit - taken - 1, 0), limit > 0 and window or 0, 0)
+end
+
+-- Key id; exchange id; lease, µs.
+function operations.renew(words)
+  local key, id, lease = string.match(words, "^(%S+) (%S+) (%d+)")
+  renew(LEASES_OF .. key, id, tonumber(lease))
+end
+
+-- Key id; exchange id.
+function operations.release(words)
+  local key, id = string.match(words, "^(%S+) (%S+)")
+  redis.call("ZREM", LEASES_OF .. key, id)
+end

@@ -261,7 +261,7 @@ _FIGURES = (
             sum(latency_ms)::bigint as latency_ms, sum(latency_count)::bigint as latency_count,
             sum(ttft_ms)::bigint as ttft_ms, sum(ttft_count)::bigint as ttft_count
         from cells
-        where $13::text[] is null or name = any($13)
+        where $13::text[] is null or name in (select unnest($13)) -- hashed; an index would be searched for each
         group by name, moment
     ) as part
 )

