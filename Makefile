@@ -1,7 +1,7 @@
 # Commands of this project. `make` alone lists them.
 
 .DEFAULT_GOAL := help
-.PHONY: help up down logs test lint lock schema prices prove-usage
+.PHONY: help up down logs test lint lock schema prices prove-usage prove-stats prove-journal
 # A target whose recipe fails is not kept; the stamps below depend on it.
 .DELETE_ON_ERROR:
 
@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --qui
 TESTS ?= tests
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 up: ## start a gateway on this machine, with an account, a key and a first stream
 	@if docker compose ls > /dev/null 2>&1 && python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; \
@@ -32,8 +32,14 @@ lint: .venv/.test ## style, types and the layers between modules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-prove-usage: .venv/.test ## kill -9 what writes usage 100 times, stop Postgres 5 times, and count what is lost
+prove-usage: .venv/.test ## kill -9 gateways under load 100 times, stop Postgres 5 times, and count what is lost
 	@$(BIN)/python -m tests.prove.kill_loop
+
+prove-stats: .venv/.test ## ask every kind of question of ten million usage rows (minutes, and 10 GB of disk)
+	@$(BIN)/python -m tests.prove.stats_at_scale
+
+prove-journal: .venv/.test ## what the journal adds to a request, beside the disk's own fdatasync
+	@$(BIN)/python -m tests.prove.journal_overhead
 
 schema: .venv/.test ## rewrite sql/schema.sql after a new migration
 	@$(BIN)/python -m tests.support.stores

@@ -19,22 +19,26 @@ from gateway import appkeys as keys
 from gateway import middlewares
 from gateway.catalogue import Catalogue
 from gateway.embedded import Embedded
+from gateway.exchange import Budget
 from gateway.handlers import accounts, chat, health, models, stats
 from gateway.metrics import Metrics
 from gateway.mock import Mock
 from gateway.protocol.pricing import PriceTable
 from gateway.protocol.routing import Provider, Routes
 from gateway.pulse import Pulse
-from gateway.settings import Settings, SettingsError, load_prices, load_routes
+from gateway.settings import RateRow, Settings, SettingsError, load_prices, load_rates, load_routes
 from gateway.stores.accounts import AccountStore
+from gateway.stores.budgets import Budgets
 from gateway.stores.chain import load_audit_key
 from gateway.stores.copy import UsageCopy
 from gateway.stores.journal import Journal
+from gateway.stores.key_limits import MICROS
 from gateway.stores.keys import KeyStore
-from gateway.stores.limits import Limiter, connect_redis
+from gateway.stores.limits import Limiter
 from gateway.stores.migrations import migrate
 from gateway.stores.passwords import HashingPool
 from gateway.stores.recorder import Recorder
+from gateway.stores.script import RedisScript, connect_redis
 from gateway.stores.secrets import deployment_id, load_pepper
 from gateway.stores.shipper import Shipper
 from gateway.tokeniser import Tokeniser
@@ -68,7 +72,7 @@ def make_app(settings: Settings, environ: Mapping[str, str], *, settle: bool = F
     app.add_routes([*health.routes(), *accounts.routes(), *stats.routes()])
 
     # Opened in this order, closed in the reverse one: the writers drain while the pools are open.
-    stores = _stores(settings, routes, load_prices(settings))
+    stores = _stores(settings, routes, load_prices(settings), load_rates(settings))
     opened = [stores, _providers(settings, routes), *([_settled] if settle else []), _tasks]
     app.cleanup_ctx.extend(opened)
     return app
@@ -141,7 +145,7 @@ def open_redis(url: str) -> Redis:
     return redis
 
 
-def _stores(settings: Settings, routes: Routes, prices: PriceTable) -> Context:
+def _stores(settings: Settings, routes: Routes, prices: PriceTable, rates: Mapping[str, RateRow]) -> Context:
     async def context(app: web.Application) -> AsyncIterator[None]:
         async with AsyncExitStack() as opened:  # a start that fails half-way closes what it has
             database_url, redis_url = await opened.enter_async_context(open_database(settings))
@@ -158,7 +162,8 @@ def _stores(settings: Settings, routes: Routes, prices: PriceTable) -> Context:
             opened.callback(for_passwords.close)
             app[keys.ACCOUNTS] = AccountStore(pool, hashing=for_passwords)
             app[keys.KEYS] = await _key_store(settings, pool, redis, for_keys, metrics)
-            app[keys.LIMITER] = _limiter(settings, redis, metrics)
+            app[keys.SCRIPT] = RedisScript(redis, on_error=lambda kind: metrics.dependency_errors.labels("redis").inc())
+            app[keys.LIMITER] = _limiter(settings, rates, app[keys.SCRIPT], metrics)
             await _open_usage(app, opened, settings, redis, prices)
             yield
 
@@ -179,13 +184,13 @@ async def _key_store(
     )
 
 
-def _limiter(settings: Settings, redis: Redis, metrics: Metrics) -> Limiter:
+def _limiter(settings: Settings, rates: Mapping[str, RateRow], script: RedisScript, metrics: Metrics) -> Limiter:
     limiter = Limiter(
-        redis,
+        script,
         global_per_minute=settings.gateway_global_requests_per_minute,
+        rates={route: (row.requests_per_second, row.burst) for route, row in rates.items()},
         nodes=settings.gateway_nodes,
         on_redis_down=settings.gateway_on_redis_down,
-        on_error=lambda kind: metrics.dependency_errors.labels("redis").inc(),
     )
     metrics.limiter_local.follow(lambda: float(limiter.state != "redis"))
     return limiter
@@ -206,12 +211,21 @@ async def _open_usage(
     app[keys.RECORDER] = recorder = Recorder(
         journal, prices.price, count=tokeniser.count, copy=copy, on_full=settings.gateway_on_journal_full
     )
+    app[keys.BUDGETS] = budgets = Budgets(
+        app[keys.SCRIPT],
+        pool,
+        flushed=lambda: app[keys.SHIPPER].flushed(),
+        deployment=_deployment_budget(settings),
+        nodes=settings.gateway_nodes,
+        on_redis_down=settings.gateway_on_redis_down,
+    )
     app[keys.SHIPPER] = shipper = Shipper(
         pool,
         journal,
         keep_months=settings.gateway_keep_months,
         on_rows=lambda result, count: metrics.usage_rows.labels(result).inc(count),
         on_error=lambda: metrics.dependency_errors.labels("postgres").inc(),
+        on_adopted=lambda row: budgets.settle(row.request_id, row.total_tokens, row.cost_micros or 0),
         priced=recorder.priced,
         copy=copy,
         key=await load_audit_key(pool, settings.gateway_audit_key),
@@ -220,6 +234,15 @@ async def _open_usage(
     metrics.usage_lag_seconds.follow(lambda: shipper.lag_seconds)
     metrics.journal_bytes.follow(lambda: journal.bytes)
     metrics.journal_dropped.follow(lambda: journal.dropped)
+
+
+def _deployment_budget(settings: Settings) -> Budget:
+    return Budget(
+        settings.gateway_global_tokens_per_minute,
+        settings.gateway_global_tokens_per_day,
+        round(settings.gateway_global_cost_per_day * MICROS),
+        round(settings.gateway_global_cost_per_month * MICROS),
+    )
 
 
 def _copy(settings: Settings, redis: Redis, journal: Journal, metrics: Metrics) -> UsageCopy | None:
@@ -300,10 +323,10 @@ def _settle_memory() -> None:
 async def _tasks(app: web.Application) -> AsyncIterator[None]:
     """The long-running tasks, and what each still has to write when we stop."""
     pulse = app[keys.PULSE] = Pulse(app[keys.SETTINGS])
-    shipper, limiter, copy = app[keys.SHIPPER], app[keys.LIMITER], app[keys.COPY]
+    shipper, script, copy = app[keys.SHIPPER], app[keys.SCRIPT], app[keys.COPY]
     work = {
         "usage shipper": shipper.run(),
-        "limiter": limiter.run(),
+        "limits and budgets": script.run(),
         "key revocations": app[keys.KEYS].listen(),
         "catalogue": app[keys.CATALOGUE].run(),
         "pulse": pulse.run(),
@@ -319,7 +342,9 @@ async def _tasks(app: web.Application) -> AsyncIterator[None]:
         log.warning("%d usage rows wait in the journal for the next start", left)
     if copy is not None:
         await copy.close()
-    await limiter.close()
+    await app[keys.BUDGETS].close()
+    await app[keys.LIMITER].close()
+    await script.close()
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -13,10 +13,12 @@ from gateway.protocol.pricing import PriceTable
 from gateway.pulse import Pulse
 from gateway.settings import Settings
 from gateway.stores.accounts import AccountStore
+from gateway.stores.budgets import Budgets
 from gateway.stores.copy import UsageCopy
 from gateway.stores.keys import KeyStore
 from gateway.stores.limits import Limiter
 from gateway.stores.recorder import Recorder
+from gateway.stores.script import RedisScript
 from gateway.stores.shipper import Shipper
 from gateway.upstream import Upstream
 
@@ -24,7 +26,9 @@ SETTINGS = web.AppKey("SETTINGS", Settings)
 POOL = web.AppKey("POOL", asyncpg.Pool)
 ACCOUNTS = web.AppKey("ACCOUNTS", AccountStore)
 KEYS = web.AppKey("KEYS", KeyStore)
+SCRIPT = web.AppKey("SCRIPT", RedisScript)
 LIMITER = web.AppKey("LIMITER", Limiter)
+BUDGETS = web.AppKey("BUDGETS", Budgets)
 PRICES = web.AppKey("PRICES", PriceTable)
 COPY = web.AppKey[UsageCopy | None]("COPY")
 RECORDER = web.AppKey("RECORDER", Recorder)

@@ -34,14 +34,16 @@ class Client:
     interrupted between the first and the last byte of one, so their events never mix.
     """
 
-    def __init__(self, request: web.Request, *, stream: bool) -> None:
+    def __init__(self, request: web.Request, *, stream: bool, outlived: bool = False) -> None:
         self._request = request
         self._stream = stream
+        self._outlived = outlived  # its provider is read on when it leaves
         self._response = web.StreamResponse(headers=_STREAM if stream else None)
         self.answer: Answer | None = None  # relay: a stream's, once the provider's headers are in
         self.deadline: asyncio.Timeout | None = None  # relay: while it waits for anything else of the provider's
         self.interrupted: GatewayError | None = None  # pulse: why it has to end
         self.closed = False  # relay: nothing more is sent
+        self.left = False  # it is gone, and its provider is read on; what is sent goes nowhere
         self.stalled = False  # pulse: dropped because it stopped reading
         self.reading_since = 0.0  # relay: waiting for the stream's next bytes, seconds, monotonic; 0: not waiting
         self._writing_since = 0.0  # waiting for the client, or for its next step
@@ -54,11 +56,23 @@ class Client:
         return self._response.prepared
 
     async def send(self, data: bytes | memoryview) -> None:
-        """Raises ConnectionError when the client is gone; waits while it does not read."""
-        if not self._response.prepared:
-            await self._response.prepare(self._request)
-        self._sent = self._writing_since = monotonic()
-        await self._response.write(data)
+        """Raises ConnectionError when the client is gone, unless it is outlived; waits while it does not read."""
+        if self.left:
+            return
+        try:
+            if not self._response.prepared:
+                await self._response.prepare(self._request)
+            self._sent = self._writing_since = monotonic()
+            await self._response.write(data)
+        except ConnectionError:
+            if not self._outlived:
+                raise
+            self.leave()
+        self._writing_since = 0.0
+
+    def leave(self) -> None:
+        """It is gone: the exchange goes on without it."""
+        self.left = self.closed = True
         self._writing_since = 0.0
 
     async def send_whole(self, body: bytes, before_last: Callable[[], Awaitable[None]]) -> web.StreamResponse:
@@ -74,6 +88,8 @@ class Client:
         return await self.end()
 
     async def end(self) -> web.StreamResponse:
+        if self.left:
+            raise ConnectionResetError("the client is gone")
         self.closed = True
         self._writing_since = monotonic()
         await self._response.write_eof()

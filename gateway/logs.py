@@ -85,6 +85,7 @@ def exchange_fields(exchange: Exchange, usage: Usage | None, source: str) -> dic
         "completion_tokens": usage.completion_tokens if usage else None,
         "total_tokens": usage.total_tokens if usage else None,
         "usage_source": source or None,
+        "cost_micros": exchange.cost_micros,
         "key": principal.key_prefix if principal else None,
         "user_id": exchange.user_id or None,
         "app_id": exchange.app_id or None,

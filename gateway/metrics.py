@@ -34,8 +34,13 @@ TOKEN_KINDS = ("prompt", "completion", "cached", "cache_write", "reasoning")
 USAGE_SOURCES = ("provider", "counted", "estimated")
 RATE_LIMITED_REASONS = (
     "requests_per_minute",
+    "requests_per_second",
     "concurrent_requests",
     "global_requests_per_minute",
+    "route_requests_per_second",
+    "tokens_per_minute",
+    "insufficient_quota",
+    "price_unknown",
     "unavailable",
 )
 AUTH_FAILURE_REASONS = ("missing", "invalid", "throttled", "unavailable")
@@ -108,10 +113,13 @@ class Metrics:
     def _declare_faults(self) -> None:
         self.rate_limited = self._counter(
             "gateway_rate_limited_total",
-            "Requests that the limiter refused, by the limit they met.",
+            "Requests that a limit or a budget refused, by which it was.",
             ("reason",),
             RATE_LIMITED_REASONS,
         )
+        self.budget_cuts = self._counter(
+            "gateway_budget_cuts_total", "Streams ended in the middle because no budget was left for them."
+        ).labels()
         self.limiter_local = self._gauge(
             "gateway_limiter_local", "1 while limits are kept by this process alone, because Redis is gone."
         ).labels()
@@ -211,6 +219,8 @@ class Metrics:
         self._count_times(exchange, provider)
         if exchange.outcome == "client_abort":
             self.client_aborts.labels("stream" if exchange.first_byte else "ttft").inc()
+        if exchange.outcome == "budget_exhausted":
+            self.budget_cuts.inc()
         if usage is not None:
             self.usage_sources.labels(source).inc()
             if exchange.cost_micros is None:
@@ -249,7 +259,7 @@ class Metrics:
 
     # --- how a metric is made -------------------------------------------------------------------------------------
 
-    def _counter(self, name: str, doc: str, labels: Sequence[str], *closed_sets: Sequence[str]) -> LabelledCounter:
+    def _counter(self, name: str, doc: str, labels: Sequence[str] = (), *closed_sets: Sequence[str]) -> LabelledCounter:
         """A counter; when every label is a closed set, all its series are there from the start, at zero.
 
         A series that appears with its first error hides that error from `rate()`

@@ -180,7 +180,7 @@ async def limit(request: web.Request, handler: Handler) -> web.StreamResponse:
     if exchange.principal is None or _parser(request) is None:
         return await handler(request)
     limiter = request.config_dict[LIMITER]
-    admission = await limiter.admit(exchange.principal, exchange.id)
+    admission = await limiter.admit(exchange.principal, exchange.id, request.path)
     _rate_headers(exchange, admission)
     if not admission.granted:
         request.config_dict[METRICS].rate_limited.labels(admission.reason).inc()
@@ -201,6 +201,8 @@ def _rate_headers(exchange: Exchange, admission: Admission) -> None:
 
 _REASONS = {
     "requests_per_minute": "this key may send {limit} requests a minute",
+    "requests_per_second": "this key may send {limit} requests at once, and then as many a second as its rate says",
+    "route_requests_per_second": "this gateway takes {limit} requests here at once, and then as many as its rate says",
     "concurrent_requests": "this key may have {limit} requests in flight at once",
     "global_requests_per_minute": "this gateway takes {limit} requests a minute",
 }

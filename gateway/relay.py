@@ -3,25 +3,41 @@
 Rule 1: once a byte was sent there is one status line and no other; what goes wrong then is an error event, no `[DONE]`.
 Rule 2: until the provider's first chunk nothing is sent for one heartbeat interval, so that an error keeps its status.
 Rule 3: whatever happens, the provider's connection is ended here, and the exchange says how it ended.
+Rule 4: what no budget pays for is not sent on: a stream ends in the middle as one that reached its maximum.
 """
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from time import monotonic, time
 
 from aiohttp import web
 
-from gateway.appkeys import METRICS, PULSE, RECORDER, SETTINGS, UPSTREAM
+from gateway.appkeys import BUDGETS, METRICS, PRICES, PULSE, RECORDER, SETTINGS, UPSTREAM
 from gateway.client import Client
-from gateway.exchange import Exchange
-from gateway.protocol.chat import PARSE_HERE, Call, ChatRequest, Chunk, Translator, UpstreamRequest, prompt_text
+from gateway.exchange import Exchange, Outcome
+from gateway.protocol.chat import (
+    PARSE_HERE,
+    Call,
+    ChatRequest,
+    Chunk,
+    Translator,
+    UpstreamRequest,
+    capped,
+    max_output,
+    prompt_text,
+)
 from gateway.protocol.dialects import DIALECTS
 from gateway.protocol.errors import (
     GatewayError,
     InternalError,
+    PermissionDenied,
+    QuotaExhausted,
+    RateLimited,
     ShuttingDown,
+    Unavailable,
     UpstreamBadBody,
     UpstreamError,
     UpstreamRateLimited,
@@ -30,6 +46,7 @@ from gateway.protocol.errors import (
 )
 from gateway.protocol.meter import Meter
 from gateway.protocol.usage import Usage
+from gateway.stores.budgets import SLICE, WHOLE
 from gateway.upstream import MAX_ERROR_BODY, Answer
 
 log = logging.getLogger("gateway.relay")
@@ -38,19 +55,29 @@ log = logging.getLogger("gateway.relay")
 _NOTHING_BILLED = frozenset({"reset", "protocol", "redirect", "auth", "http_429", "http_4xx", "http_5xx"})
 
 
+# The label of `gateway_rate_limited_total`.
+_REFUSALS: Mapping[type[GatewayError], str] = {
+    QuotaExhausted: "insufficient_quota",
+    RateLimited: "tokens_per_minute",
+    PermissionDenied: "price_unknown",
+    Unavailable: "unavailable",
+}
+
+
 async def relay(request: web.Request, exchange: Exchange) -> web.StreamResponse:
     """Answer a chat request whose target is set. Raises GatewayError only while no byte was sent."""
-    chat, target = exchange.chat, exchange.target
-    assert chat is not None
-    assert target is not None
-    call = Call(chat, target, f"chatcmpl-{exchange.id.replace('-', '')}", int(time()))
-    attempt = _Attempt(request, exchange, call)
+    assert exchange.chat is not None
+    assert exchange.target is not None
+    meter = Meter(prompt_text(exchange.chat))
+    chat = await _reserved(request, exchange, meter)
+    call = Call(chat, exchange.target, f"chatcmpl-{exchange.id.replace('-', '')}", int(time()))
+    attempt = _Attempt(request, exchange, call, meter)
     to_send = await _request_of(attempt.translator, chat)
     exchange.outcome = "interrupted"  # until we know better
     await attempt.begin()
     started = monotonic()
     try:
-        return await attempt.run(to_send, stream=chat.stream)
+        return await attempt.run(to_send)
     except GatewayError as error:
         attempt.note(error)
         raise
@@ -65,6 +92,37 @@ async def relay(request: web.Request, exchange: Exchange) -> web.StreamResponse:
         exchange.upstream_ms = (monotonic() - started) * 1000
 
 
+async def _reserved(request: web.Request, exchange: Exchange, meter: Meter) -> ChatRequest:
+    """The request as its budgets let it be sent. Raises what `Budgets.reserve` does; its hold is the exchange's."""
+    chat, target, principal = exchange.chat, exchange.target, exchange.principal
+    assert chat is not None and target is not None and principal is not None
+    budgets = request.config_dict[BUDGETS]
+    if not budgets.covers(principal):
+        return chat
+    asked = max_output(chat)
+    wanted = min(asked or SLICE, SLICE) if chat.stream else asked or WHOLE
+    price = request.config_dict[PRICES].price(target.provider.name, target.model, datetime.now(UTC))
+    try:
+        reservation = await budgets.reserve(
+            principal,
+            exchange.id,
+            exchange.started_at,
+            prompt_tokens=meter.prompt_estimate(),
+            output_tokens=wanted,
+            price=price,
+        )
+    except GatewayError as error:
+        request.config_dict[METRICS].rate_limited.labels(_REFUSALS[type(error)]).inc()
+        raise
+    exchange.reservation = reservation
+    exchange.headers.update(reservation.headers)
+    if chat.stream or reservation.granted >= wanted:
+        return chat
+    # Nobody can stop a whole answer in the middle: it is asked for no longer than it can be paid.
+    own = target.provider.name == "openai"  # its newest models take only the newer word
+    return capped(chat, reservation.granted, field="max_completion_tokens" if own else "max_tokens")
+
+
 async def _request_of(translator: Translator, chat: ChatRequest) -> UpstreamRequest:
     """Raises InvalidRequest for what the dialect cannot express: nothing was sent yet."""
     if len(chat.body) <= PARSE_HERE:
@@ -75,13 +133,18 @@ async def _request_of(translator: Translator, chat: ChatRequest) -> UpstreamRequ
 class _Attempt:
     """One try at one target. Its exchange's outcome, status, error_code and meter are written here alone."""
 
-    def __init__(self, request: web.Request, exchange: Exchange, call: Call) -> None:
+    def __init__(self, request: web.Request, exchange: Exchange, call: Call, meter: Meter) -> None:
+        assert exchange.principal is not None
         self._request = request
         self._exchange = exchange
         self._target = call.target
+        self._stream = call.chat.stream
+        self._drain_seconds = exchange.principal.drain_seconds
+        self._client = Client(request, stream=self._stream, outlived=self._drain_seconds > 0)
         self._dialect = DIALECTS[call.target.provider.dialect]
         self.translator = self._dialect.translator(call)
-        self._meter = Meter(prompt_text(call.chat))
+        self._meter = meter
+        self._reservation = exchange.reservation
         self._recorder = request.config_dict[RECORDER]
         self._settings = request.config_dict[SETTINGS]
         self._metrics = request.config_dict[METRICS]
@@ -92,60 +155,73 @@ class _Attempt:
         self._exchange.meter = self._meter
         await self._recorder.begin(self._exchange)
 
-    async def run(self, to_send: UpstreamRequest, *, stream: bool) -> web.StreamResponse:
-        client = Client(self._request, stream=stream)
+    async def run(self, to_send: UpstreamRequest) -> web.StreamResponse:
+        client = self._client
         with self._request.config_dict[PULSE].watch(client):
             try:
-                if stream:
-                    return await self._stream(client, to_send)
-                return await self._unary(client, to_send)
+                answering = self._answer_stream(to_send) if self._stream else self._answer_whole(to_send)
+                return await (self._outlive(answering) if self._drain_seconds else answering)
             finally:
                 if client.prepared:
                     self._exchange.status = 200
                 if client.stalled:
                     self._exchange.error_code = "client_stalled"
 
+    async def _outlive(self, answering: Coroutine[None, None, web.StreamResponse]) -> web.StreamResponse:
+        """The client may leave: the provider is read on for a while, so that its own figures come."""
+        task = asyncio.create_task(answering)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            self._client.leave()
+            await asyncio.wait({task}, timeout=self._drain_seconds)
+            raise
+        finally:
+            task.cancel()
+            await asyncio.wait({task})
+            if not task.cancelled():
+                task.exception()  # nobody is left to hear of it
+
     # --- a stream
 
-    async def _stream(self, client: Client, to_send: UpstreamRequest) -> web.StreamResponse:
+    async def _answer_stream(self, to_send: UpstreamRequest) -> web.StreamResponse:
         self._metrics.streams_open.inc()
         try:
-            await self._run(client, to_send)
-            return await client.end()
+            await self._send_stream(to_send)
+            return await self._client.end()
         finally:
             self._metrics.streams_open.dec()
 
-    async def _run(self, client: Client, to_send: UpstreamRequest) -> None:
+    async def _send_stream(self, to_send: UpstreamRequest) -> None:
         """All of the stream but its end. Raises GatewayError only while no byte was sent."""
         try:
-            client.answer = await self._open(client, to_send)
-            last = await self._pump(client, client.answer)
-            self._exchange.outcome, self._exchange.status = "ok", 200
+            self._client.answer = await self._open(to_send)
+            last = await self._pump(self._client.answer)
             await self._recorder.settle(self._exchange)
-            await client.send(last)
+            await self._client.send(last)
         except GatewayError as error:
-            if not client.prepared:
+            if not self._client.prepared:
                 raise
-            await self._break(client, error)
+            await self._break(error)
         except Exception as error:
             # A bug of ours must not leave the client with half an answer that looks whole.
-            if isinstance(error, ConnectionError) or not client.prepared:
+            if isinstance(error, ConnectionError) or not self._client.prepared:
                 raise
             self._metrics.internal_errors.labels("stream").inc()
             log.exception("stream failed", extra={"fields": {"request_id": self._exchange.id}})
-            await self._break(client, InternalError("the gateway failed in the middle of the answer"))
+            await self._break(InternalError("the gateway failed in the middle of the answer"))
 
-    async def _break(self, client: Client, error: GatewayError) -> None:
+    async def _break(self, error: GatewayError) -> None:
         self.note(error)
         self._exchange.status = 200
         await self._recorder.settle(self._exchange)
-        await client.send(error.event())
+        await self._client.send(error.event())
 
-    async def _open(self, client: Client, to_send: UpstreamRequest) -> Answer:
+    async def _open(self, to_send: UpstreamRequest) -> Answer:
         """The provider's answer, once it is one that streams. Raises UpstreamError."""
         limit = self._settings.gateway_first_byte_timeout
-        with self._within(client, limit, f"sent no answer within {limit:g} s", "timeout_headers"):
-            async with asyncio.timeout(limit) as client.deadline:
+        with self._within(limit, f"sent no answer within {limit:g} s", "timeout_headers"):
+            async with asyncio.timeout(limit) as self._client.deadline:
                 answer = await self._post(to_send)
                 if answer.status != 200:
                     raise await self._refusal(answer)
@@ -154,9 +230,9 @@ class _Attempt:
             raise UpstreamBadBody(f"{self._target.provider.name} answered with {answer.content_type}, not a stream")
         return answer
 
-    async def _pump(self, client: Client, answer: Answer) -> bytes:
+    async def _pump(self, answer: Answer) -> bytes:
         """One read, one feed, one write, until the dialect's last word, which is held back and given."""
-        translator = self.translator
+        translator, client = self.translator, self._client
         try:
             while True:
                 client.reading_since = monotonic()
@@ -165,28 +241,54 @@ class _Attempt:
                 chunks = translator.feed(data) if data else []
                 if translator.done or not data:
                     break
-                await self._forward(client, chunks)
+                if not await self._forward(chunks):
+                    answer.close()
+                    return await self._cut()
                 self._recorder.tick(self._exchange)
-            last = await self._last_words(client, chunks)
+            last = await self._last_words(chunks)
         except BaseException:
             answer.close()
             raise
         answer.finish()
+        self._done("ok")
         return last
 
-    async def _last_words(self, client: Client, chunks: list[Chunk]) -> bytes:
-        """Sends all but the last chunk, which it gives. Raises UpstreamError, with all before the fault sent."""
+    async def _last_words(self, chunks: list[Chunk]) -> bytes:
+        """Sends all but the last chunk, which it gives. Raises UpstreamError, with all before the fault sent.
+
+        What no budget pays for is sent as well: the provider has ended, and bills it.
+        """
         try:
             chunks = [*chunks, *self.translator.flush()]
         except GatewayError:
-            await self._forward(client, chunks)
+            await self._send(chunks)
             raise
-        await self._forward(client, chunks[:-1])
+        await self._send(chunks[:-1])
         return self._take(chunks[-1:])
 
-    async def _forward(self, client: Client, chunks: list[Chunk]) -> None:
+    async def _forward(self, chunks: list[Chunk]) -> bool:
+        """False: it is paid for up to a chunk, which is sent, and for no more."""
+        if self._reservation is None:
+            await self._send(chunks)
+            return True
+        for chunk in chunks:
+            await self._send([chunk])
+            count = self._meter.completion_tokens
+            if not self._reservation.used(count) and not await self._reservation.more(count):
+                return False
+        return True
+
+    async def _cut(self) -> bytes:
+        """The last words of a stream that nothing is left to pay for: those of one that reached its maximum."""
+        self._meter.finish_reason = "length"
+        self._done("budget_exhausted")
+        await self._recorder.counted(self._exchange)
+        usage, _ = self._meter.result()
+        return self.translator.cut(usage)
+
+    async def _send(self, chunks: list[Chunk]) -> None:
         if data := self._take(chunks):
-            await client.send(data)
+            await self._client.send(data)
 
     def _take(self, chunks: list[Chunk]) -> bytes:
         # Counted before it is sent: the provider bills what the client did not wait for.
@@ -196,38 +298,43 @@ class _Attempt:
 
     # --- a whole answer
 
-    async def _unary(self, client: Client, to_send: UpstreamRequest) -> web.StreamResponse:
+    async def _answer_whole(self, to_send: UpstreamRequest) -> web.StreamResponse:
         limit = self._settings.gateway_total_timeout
-        with self._within(client, limit, f"did not finish its answer within {limit:g} s", "timeout_total"):
-            async with asyncio.timeout(limit) as client.deadline:
+        with self._within(limit, f"did not finish its answer within {limit:g} s", "timeout_total"):
+            async with asyncio.timeout(limit) as self._client.deadline:
                 answer = await self._post(to_send)
                 if answer.status != 200:
                     raise await self._refusal(answer)
                 body = await self._whole(answer, self._settings.gateway_max_reply)
         reply = self.translator.reply(body)
         self._count(reply.text, reply.usage, reply.finish_reason)
-        return await client.send_whole(reply.body, self._finished)
+        return await self._client.send_whole(reply.body, self._before_last)
 
-    async def _finished(self) -> None:
-        """Before the last byte of a whole answer."""
-        self._exchange.outcome, self._exchange.status = "ok", 200
+    async def _before_last(self) -> None:
+        """The last byte of a whole answer."""
+        self._done("ok")
         await self._recorder.settle(self._exchange)
 
     # --- both
 
+    def _done(self, outcome: Outcome) -> None:
+        """All is there that will come, whether the client is or not."""
+        self._exchange.outcome = "client_abort" if self._client.left else outcome
+        self._exchange.status = 0 if self._client.left and not self._client.prepared else 200
+
     @contextmanager
-    def _within(self, client: Client, limit: float, words: str, kind: str) -> Iterator[None]:
+    def _within(self, limit: float, words: str, kind: str) -> Iterator[None]:
         """Says what a time-out means: an interruption, a connection that never was, or a provider that is too slow."""
         try:
             yield
         except TimeoutError:
-            if client.interrupted is not None:
-                raise client.interrupted from None
+            if self._client.interrupted is not None:
+                raise self._client.interrupted from None
             if not self._exchange.connected:
                 words, kind = f"could not be connected to within {limit:g} s", "timeout_connect"
             raise UpstreamTimeout(f"{self._target.provider.name} {words}", kind=kind) from None
         finally:
-            client.deadline = None
+            self._client.deadline = None
 
     async def _post(self, to_send: UpstreamRequest) -> Answer:
         upstream = self._request.config_dict[UPSTREAM]
@@ -263,7 +370,7 @@ class _Attempt:
 
     def note_left(self, *, draining: bool) -> None:
         """The client is gone, or we are going; a client that leaves when it has everything leaves nothing to note."""
-        if self._exchange.outcome != "ok":
+        if self._exchange.outcome not in ("ok", "budget_exhausted"):
             self._exchange.outcome = "interrupted" if draining else "client_abort"
 
     def note(self, error: GatewayError) -> None:
@@ -280,6 +387,8 @@ class _Attempt:
             exchange.outcome = "upstream_error"
         else:
             exchange.outcome = "gateway_error"
+        if self._client.left:
+            exchange.outcome = "client_abort"
         if not isinstance(error, UpstreamError):
             return
         self._metrics.upstream_errors.labels(self._target.provider.name, error.kind).inc()

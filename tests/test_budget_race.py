@@ -129,7 +129,8 @@ async def test_a_stream_that_is_cut_by_its_budget_ends_as_the_official_sdk_expec
             row["prompt_tokens"],
             row["completion_tokens"],
         )
-    assert 400 - CHUNK <= row["prompt_tokens"] + row["completion_tokens"] <= 400 + CHUNK
+    estimated = 10  # tokens of the prompt, before the provider gives its own figure
+    assert 400 - CHUNK - estimated <= row["prompt_tokens"] + row["completion_tokens"] <= 400 + CHUNK
     text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
     assert len(text) > 1000
 
@@ -183,7 +184,10 @@ async def test_a_budget_of_the_deployment_covers_all_accounts(
         for key in keys:
             [*_, refused] = await deployment.use_up(key, "openai/mock-gpt?tokens=400")
             assert refused.error == "insufficient_quota"
-        assert 1000 - SLICE <= (await deployment.used())[0] <= 1000 + 14 * CHUNK
+        async with asyncio.timeout(15):
+            while (await deployment.used())[0] < 1000 - SLICE:
+                await asyncio.sleep(0.05)
+        assert (await deployment.used())[0] <= 1000 + 14 * CHUNK
 
 
 # --- what is lost and comes back ----------------------------------------------------------------------------------
@@ -195,8 +199,10 @@ async def test_a_valkey_that_lost_its_memory_learns_from_the_ledger_what_was_spe
     key = await deployment.new_key(cost_per_day=2000 * PRICE / 1e6)
     before = await deployment.race([key], "openai/mock-gpt?tokens=200", 4)
     assert [one.finish_reason for one in before] == ["stop"] * 4
+    await until_rows(deployment, 4)  # what the other gateway has not shipped yet would not be counted
+    asked = len(deployment.mock.received)
     running = asyncio.create_task(deployment.stream(key, "openai/mock-gpt?tokens=300&pace_ms=10", number=1))
-    await until(lambda: len(deployment.mock.received) == 5, seconds=5)
+    await until(lambda: len(deployment.mock.received) > asked, seconds=5)
     await redis.flushdb()
     await deployment.use_up(key, "openai/mock-gpt?tokens=400")
     assert (await running).finish_reason in ("stop", "length")

@@ -344,6 +344,7 @@ def test_the_line_of_an_exchange_has_these_fields_in_this_order(exchange: Exchan
         ("completion_tokens", 4),
         ("total_tokens", 14),
         ("usage_source", "provider"),
+        ("cost_micros", None),
         ("key", "aig_0123456789AB"),
         ("user_id", "u1"),
         ("app_id", "a1"),

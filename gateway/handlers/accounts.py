@@ -16,6 +16,7 @@ from aiohttp import web
 from gateway.appkeys import ACCOUNTS, KEYS, SETTINGS
 from gateway.body import leave_expectation, read_body
 from gateway.exchange import Principal
+from gateway.handlers import budgets
 from gateway.identity import find_key, identify, tenant
 from gateway.protocol.checks import MAX_MODEL
 from gateway.protocol.errors import (
@@ -86,7 +87,7 @@ async def list_users(request: web.Request) -> web.Response:
 async def show_user(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
     user = await request.config_dict[ACCOUNTS].get(request.match_info["id"], tenant(principal))
-    return _answer(_shown_user(user))
+    return _answer({**_shown_user(user), "budgets": await budgets.of_account(request, user.id, user.budget)})
 
 
 async def change_user(request: web.Request) -> web.Response:
@@ -96,7 +97,7 @@ async def change_user(request: web.Request) -> web.Response:
     fields = await _read_fields(request, dict.fromkeys(BUDGET_NAMES, _limit))
     announce = request.config_dict[KEYS].announce_account
     user = await request.config_dict[ACCOUNTS].change(request.match_info["id"], cast(BudgetLimits, fields), announce)
-    return _answer(_shown_user(user))
+    return _answer({**_shown_user(user), "budgets": await budgets.of_account(request, user.id, user.budget)})
 
 
 def _shown_user(user: Account) -> dict[str, Any]:
@@ -138,7 +139,7 @@ async def list_keys(request: web.Request) -> web.Response:
 async def show_key(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
     key = await request.config_dict[KEYS].get(request.match_info["id"], tenant(principal))
-    return _answer(_shown(key))
+    return _answer({**_shown(key), "budgets": await budgets.of_key(request, key)})
 
 
 async def change_key(request: web.Request) -> web.Response:
@@ -148,7 +149,7 @@ async def change_key(request: web.Request) -> web.Response:
     _grant_of(principal, request.config_dict[SETTINGS]).check(limits)
     changes = cast(KeyChanges, {**limits, "name": fields.get("key_name")})
     key = await request.config_dict[KEYS].change(request.match_info["id"], tenant(principal), changes)
-    return _answer(_shown(key))
+    return _answer({**_shown(key), "budgets": await budgets.of_key(request, key)})
 
 
 async def revoke_key(request: web.Request) -> web.Response:

@@ -173,6 +173,8 @@ class Playback:
                 self._timer.cancel()
 
     def _tick(self) -> None:
+        if self._done.done() or self._transport.is_closing():
+            return  # the client has left in this turn of the loop, and `run` is being cancelled
         if self._next == len(self._chunks):
             self._done.set_result(None)
         elif self._transport.get_write_buffer_size() > HIGH_WATER:

@@ -60,7 +60,7 @@ class UsageCopy:
 
     `deployment` tells the database that the rows belong to from others whose gateways share this Redis; `process` is
     the name of the journal's folder. `timeout` is the most that a request waits, seconds. `on_error` hears the class of
-    every error of Redis's; it must not raise. `redis` needs time-outs of its own: stores/limits.py, `connect_redis`.
+    every error of Redis's; it must not raise. `redis` needs time-outs of its own: stores/script.py, `connect_redis`.
     """
 
     def __init__(

@@ -11,15 +11,12 @@ Rule 2: a slot is never lost. Whatever Redis may have recorded for a request tha
 
 import asyncio
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
-
-from redis.asyncio import Redis
 
 from gateway.exchange import Principal
 from gateway.stores.grants import UNLIMITED, Admission, Grants, Reason, refused
 from gateway.stores.script import TIMEOUT, OnRedisDown, Operation, RedisScript
-from gateway.stores.script import connect_redis as connect_redis
 
 State = Literal["redis", "local", "open", "closed"]
 
@@ -42,16 +39,14 @@ class Limiter:
 
     def __init__(
         self,
-        script: RedisScript | Redis,
+        script: RedisScript,
         *,
         global_per_minute: int = 0,
         rates: Mapping[str, tuple[float, int]] = {},
         nodes: int = 1,
         on_redis_down: OnRedisDown = "local",
         window: float = 60.0,
-        on_error: Callable[[str], None] = lambda kind: None,
     ) -> None:
-        script = RedisScript(script, on_error=on_error) if isinstance(script, Redis) else script
         self._script = script
         self._all_limit = global_per_minute
         self._rates = rates
@@ -88,15 +83,11 @@ class Limiter:
         if self._grants.give_back(exchange_id):
             self._release_lease(principal.key_id, exchange_id)
 
-    async def run(self) -> None:
-        await self._script.run()
-
     async def close(self) -> None:
         """Gives back all that is still held; the script's own `close` sees to it that Redis hears of it."""
         for exchange_id, key_id in self._grants.leases():
             self._grants.give_back(exchange_id)
             self._release_lease(key_id, exchange_id)
-        await self._script.close()
 
     def _limits(self, who: Principal, route: str) -> bool:
         of_key = who.requests_per_minute or who.concurrent_requests or who.requests_per_second

@@ -12,15 +12,17 @@ from aiohttp.test_utils import TestClient, TestServer
 from aiohttp.typedefs import Handler
 from argon2 import PasswordHasher
 
-from gateway.appkeys import ACCOUNTS, KEYS, SETTINGS
+from gateway.appkeys import ACCOUNTS, BUDGETS, KEYS, SETTINGS
 from gateway.exchange import Budget, new_id
 from gateway.handlers import accounts
 from gateway.handlers.accounts import Grant
 from gateway.protocol.errors import GatewayError, PermissionDenied
 from gateway.settings import Settings
 from gateway.stores.accounts import REGISTRATIONS_PER_ADDRESS, AccountStore
+from gateway.stores.budgets import Budgets
 from gateway.stores.keys import KeyStore
 from gateway.stores.passwords import HashingPool
+from gateway.stores.script import RedisScript, connect_redis
 
 pytestmark = pytest.mark.integration
 
@@ -81,17 +83,23 @@ Start = Callable[..., Awaitable[Api]]
 
 
 @pytest.fixture
-async def start(pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
+async def start(pool: asyncpg.Pool, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
     """Starts the endpoints under these settings."""
     monkeypatch.setattr("gateway.stores.accounts.PASSWORD_HASHER", PasswordHasher(1, 8, 1))
     clients = []
     for_keys, for_passwords = HashingPool(), HashingPool()
+    redis = connect_redis(redis_url)
+    script = RedisScript(redis)
+
+    async def flushed() -> None:
+        """No usage is under way here."""
 
     async def start(**settings: Any) -> Api:
         app = web.Application(middlewares=[errors])
         app[SETTINGS] = msgspec.convert(settings, Settings)
         app[ACCOUNTS] = AccountStore(pool, hashing=for_passwords)
         app[KEYS] = KeyStore(pool, None, pepper=b"pepper", cache_seconds=60, stale_seconds=900, hashing=for_keys)
+        app[BUDGETS] = Budgets(script, pool, flushed=flushed)
         app.add_routes(accounts.routes())
         client = TestClient(TestServer(app))
         await client.start_server()
@@ -103,6 +111,8 @@ async def start(pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch) -> AsyncIte
         await client.close()
     for hashing in (for_keys, for_passwords):
         hashing.close()
+    await script.close()
+    await redis.aclose()
 
 
 @pytest.fixture

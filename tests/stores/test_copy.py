@@ -22,7 +22,7 @@ from gateway.stores.copy import Page, UsageCopy
 from gateway.stores.dead_letters import DEAD_LETTERS
 from gateway.stores.journal import Journal
 from gateway.stores.ledger import COLUMNS, values_of
-from gateway.stores.limits import connect_redis
+from gateway.stores.script import connect_redis
 from gateway.stores.shipper import Shipper
 from gateway.stores.usage import UsageRow
 from tests.prove.journal_kills import Ledger, Writer

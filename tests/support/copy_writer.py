@@ -16,7 +16,7 @@ import asyncpg
 from gateway.stores import copy as copy_module
 from gateway.stores.copy import UsageCopy
 from gateway.stores.journal import Journal
-from gateway.stores.limits import connect_redis
+from gateway.stores.script import connect_redis
 from gateway.stores.shipper import Shipper
 from tests.support.journal_writer import begun
 
