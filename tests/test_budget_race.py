@@ -12,7 +12,7 @@ import pytest
 from redis.asyncio import Redis
 
 from tests.support.deployment import MANY, PRICE, Deployment, Streamed, deployed
-from tests.support.gateway import MODELS
+from tests.support.gateway import MODELS, chat_body
 from tests.support.process import until
 
 pytestmark = pytest.mark.integration
@@ -133,6 +133,31 @@ async def test_a_stream_that_is_cut_by_its_budget_ends_as_the_official_sdk_expec
     assert 400 - CHUNK - estimated <= row["prompt_tokens"] + row["completion_tokens"] <= 400 + CHUNK
     text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
     assert len(text) > 1000
+
+
+@pytest.mark.parametrize("dialect", MODELS)
+async def test_a_whole_answer_is_asked_for_no_longer_than_it_can_be_paid(deployment: Deployment, dialect: str) -> None:
+    key = await deployment.new_key(tokens_per_day=100)
+    url, headers = f"{deployment.gateways[0].base_url}/chat/completions", {"Authorization": f"Bearer {key.token}"}
+    body = chat_body(f"{MODELS[dialect]}?tokens=400")
+    async with deployment.client.post(url, json=body, headers=headers) as response:
+        assert response.status == 200, await response.text()
+        answer = await response.json()
+    assert answer["choices"][0]["finish_reason"] == "length"
+    await until_rows(deployment, 1)
+    tokens, _ = await deployment.used()
+    assert 80 <= tokens <= 100
+    refused = await deployment.use_up(key, body["model"])
+    assert refused[-1].error == "insufficient_quota"
+
+
+async def test_a_route_has_a_bucket_of_its_own(database_url: str, redis_url: str, tmp_path: Path) -> None:
+    limit = '[limits."/v1/chat/completions"]\nrequests_per_second = 0.01\nburst = 3\n'
+    async with deployed(database_url, redis_url, tmp_path, config=limit) as deployment:
+        key = await deployment.new_key()
+        raced = await deployment.race([key], "openai/mock-gpt?tokens=3", 8)
+        assert sorted(one.status for one in raced) == [200] * 3 + [429] * 5
+        assert {one.error for one in raced} == {"", "rate_limit_exceeded"}
 
 
 async def until_rows(deployment: Deployment, count: int) -> None:

@@ -7,7 +7,17 @@ import pytest
 
 from gateway.protocol.pricing import cost_micros
 from gateway.protocol.usage import Usage
-from gateway.settings import SECRETS, Settings, SettingsError, change, describe, load_prices, load_routes, load_settings
+from gateway.settings import (
+    SECRETS,
+    Settings,
+    SettingsError,
+    change,
+    describe,
+    load_prices,
+    load_rates,
+    load_routes,
+    load_settings,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -245,6 +255,8 @@ def test_the_readmes_example_of_another_provider_works(tmp_path: Path) -> None:
         ('[aliases]\nfast = "fast"\n', "aliases.fast"),
         ("[providers\n", "line 1"),
         ('[prices.openai]\n"gpt-4o" = { input = -1, output = 2 }\n', "prices.openai"),
+        ('[limits."/v1/nowhere"]\nrequests_per_second = 1\n', "/v1/chat/completions"),
+        ('[limits."/v1/chat/completions"]\nrequests_per_second = 0\n', "requests_per_second"),
         ("[chains]\n", "chains"),
     ],
 )
@@ -253,4 +265,5 @@ def test_a_wrong_file_is_named_with_the_key(tmp_path: Path, text: str, words: st
     with pytest.raises(SettingsError, match=words) as refused:
         load_routes(load_settings(environ), environ)
         load_prices(load_settings(environ))
+        load_rates(load_settings(environ))
     assert "gateway.toml" in str(refused.value) or "providers." in str(refused.value)

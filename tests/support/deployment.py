@@ -131,10 +131,12 @@ def _hear(data: bytes, seen: Streamed) -> None:
 
 
 @asynccontextmanager
-async def deployed(database_url: str, redis_url: str, data: Path, **environ: str) -> AsyncIterator[Deployment]:
-    """With the mock in this process, so that its log can be read, and an admin's account."""
-    config = data / "gateway.toml"
-    config.write_text(CONFIG)
+async def deployed(
+    database_url: str, redis_url: str, data: Path, config: str = "", **environ: str
+) -> AsyncIterator[Deployment]:
+    """With the mock in this process, so that its log can be read, and an admin's account; `config` is added TOML."""
+    config_file = data / "gateway.toml"
+    config_file.write_text(f"{CONFIG}\n{config}")
     mock = Mock()
     address = await mock.start()
     shared = {
@@ -146,7 +148,7 @@ async def deployed(database_url: str, redis_url: str, data: Path, **environ: str
         "ANTHROPIC_API_KEY": "sk-operator-anthropic",
         "OLLAMA_BASE_URL": address,
         "GATEWAY_MOCK": "off",
-        "GATEWAY_CONFIG": str(config),
+        "GATEWAY_CONFIG": str(config_file),
         "GATEWAY_DATA_DIR": str(data / "gateway"),
         **environ,
     }
