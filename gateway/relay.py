@@ -8,14 +8,13 @@ Rule 4: what no budget pays for is not sent on: a stream ends in the middle as o
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from time import monotonic, time
 
 from aiohttp import web
 
-from gateway.appkeys import BUDGETS, METRICS, PRICES, PULSE, RECORDER, SETTINGS, UPSTREAM
+from gateway.appkeys import METRICS, PULSE, RECORDER, SETTINGS, UPSTREAM
 from gateway.client import Client
 from gateway.exchange import Exchange, Outcome
 from gateway.protocol.chat import (
@@ -25,19 +24,13 @@ from gateway.protocol.chat import (
     Chunk,
     Translator,
     UpstreamRequest,
-    capped,
-    max_output,
     prompt_text,
 )
 from gateway.protocol.dialects import DIALECTS
 from gateway.protocol.errors import (
     GatewayError,
     InternalError,
-    PermissionDenied,
-    QuotaExhausted,
-    RateLimited,
     ShuttingDown,
-    Unavailable,
     UpstreamBadBody,
     UpstreamError,
     UpstreamRateLimited,
@@ -46,7 +39,7 @@ from gateway.protocol.errors import (
 )
 from gateway.protocol.meter import Meter
 from gateway.protocol.usage import Usage
-from gateway.stores.budgets import SLICE, WHOLE
+from gateway.reserve import reserve
 from gateway.upstream import MAX_ERROR_BODY, Answer
 
 log = logging.getLogger("gateway.relay")
@@ -55,26 +48,17 @@ log = logging.getLogger("gateway.relay")
 _NOTHING_BILLED = frozenset({"reset", "protocol", "redirect", "auth", "http_429", "http_4xx", "http_5xx"})
 
 
-# The label of `gateway_rate_limited_total`.
-_REFUSALS: Mapping[type[GatewayError], str] = {
-    QuotaExhausted: "insufficient_quota",
-    RateLimited: "tokens_per_minute",
-    PermissionDenied: "price_unknown",
-    Unavailable: "unavailable",
-}
-
-
 async def relay(request: web.Request, exchange: Exchange) -> web.StreamResponse:
     """Answer a chat request whose target is set. Raises GatewayError only while no byte was sent."""
     assert exchange.chat is not None
     assert exchange.target is not None
     meter = Meter(prompt_text(exchange.chat))
-    chat = await _reserved(request, exchange, meter)
+    chat = await reserve(request, exchange, meter)
     call = Call(chat, exchange.target, f"chatcmpl-{exchange.id.replace('-', '')}", int(time()))
     attempt = _Attempt(request, exchange, call, meter)
     to_send = await _request_of(attempt.translator, chat)
-    exchange.outcome = "interrupted"  # until we know better
     await attempt.begin()
+    exchange.outcome = "interrupted"  # until we know better
     started = monotonic()
     try:
         return await attempt.run(to_send)
@@ -90,37 +74,6 @@ async def relay(request: web.Request, exchange: Exchange) -> web.StreamResponse:
         raise
     finally:
         exchange.upstream_ms = (monotonic() - started) * 1000
-
-
-async def _reserved(request: web.Request, exchange: Exchange, meter: Meter) -> ChatRequest:
-    """The request as its budgets let it be sent. Raises what `Budgets.reserve` does; its hold is the exchange's."""
-    chat, target, principal = exchange.chat, exchange.target, exchange.principal
-    assert chat is not None and target is not None and principal is not None
-    budgets = request.config_dict[BUDGETS]
-    if not budgets.covers(principal):
-        return chat
-    asked = max_output(chat)
-    wanted = min(asked or SLICE, SLICE) if chat.stream else asked or WHOLE
-    price = request.config_dict[PRICES].price(target.provider.name, target.model, datetime.now(UTC))
-    try:
-        reservation = await budgets.reserve(
-            principal,
-            exchange.id,
-            exchange.started_at,
-            prompt_tokens=meter.prompt_estimate(),
-            output_tokens=wanted,
-            price=price,
-        )
-    except GatewayError as error:
-        request.config_dict[METRICS].rate_limited.labels(_REFUSALS[type(error)]).inc()
-        raise
-    exchange.reservation = reservation
-    exchange.headers.update(reservation.headers)
-    if chat.stream or reservation.granted >= wanted:
-        return chat
-    # Nobody can stop a whole answer in the middle: it is asked for no longer than it can be paid.
-    own = target.provider.name == "openai"  # its newest models take only the newer word
-    return capped(chat, reservation.granted, field="max_completion_tokens" if own else "max_tokens")
 
 
 async def _request_of(translator: Translator, chat: ChatRequest) -> UpstreamRequest:
@@ -273,6 +226,8 @@ class _Attempt:
             return True
         for chunk in chunks:
             await self._send([chunk])
+            if not chunk.text:
+                continue  # the last ones of a stream that ended well may bring a higher count
             count = self._meter.completion_tokens
             if not self._reservation.used(count) and not await self._reservation.more(count):
                 return False

@@ -1,6 +1,7 @@
 """Budgets under more streams than they allow, over two gateways: never overspent, never refused too early."""
 
 import asyncio
+import json
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -149,6 +150,20 @@ async def test_a_whole_answer_is_asked_for_no_longer_than_it_can_be_paid(deploym
     assert 80 <= tokens <= 100
     refused = await deployment.use_up(key, body["model"])
     assert refused[-1].error == "insufficient_quota"
+
+
+async def test_a_whole_answer_that_names_no_maximum_has_one_under_a_budget_and_none_without(
+    deployment: Deployment,
+) -> None:
+    asked = []
+    for limit in ("tokens_per_day", "tokens_per_minute"):
+        limits: dict[str, Any] = {limit: 1_000_000}
+        key = await deployment.new_key(**limits)
+        url, headers = f"{deployment.gateways[0].base_url}/chat/completions", {"Authorization": f"Bearer {key.token}"}
+        async with deployment.client.post(url, json=chat_body("openai/mock-gpt"), headers=headers) as response:
+            assert response.status == 200, await response.text()
+        asked.append(json.loads(deployment.mock.received[-1].body).get("max_completion_tokens"))
+    assert asked == [4096, None]
 
 
 async def test_a_route_has_a_bucket_of_its_own(database_url: str, redis_url: str, tmp_path: Path) -> None:

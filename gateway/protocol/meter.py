@@ -63,6 +63,8 @@ class Meter:
             self.finish_reason = finish_reason
         if not text:
             return 0
+        if usage is None and self.usage is not None and self.usage.completion_tokens is not None:
+            self.usage = replace(self.usage, completion_tokens=None)  # it was of what had passed by then
         data = text.encode("utf-8", "surrogatepass")
         self.bytes_out = size = self.bytes_out + len(data)
         self._characters += len(text)

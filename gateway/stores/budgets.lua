@@ -239,8 +239,9 @@ function operations.keep(words)
   return "1"
 end
 
--- Exchange id; tokens; micros; and by whom it was reserved: the epoch of the hold, day, payers as a hold has them. What it used in the end. Without a hold nothing is done: it was settled. Unless the hold was lost with the
--- memory: then the counters that were made since do not have it yet.
+-- Exchange id; tokens; micros; and by whom it was reserved: the epoch of the hold, day, payers as a hold has them.
+-- What it used in the end. Without a hold nothing is done: it was settled. Unless the hold was lost with the memory:
+-- then the counters that were made since do not have it yet.
 function operations.settle(words)
   local id, tokens, micros, rest = string.match(words, "^(%S+) (%d+) (%d+)(.*)$")
   tokens, micros = tonumber(tokens), tonumber(micros)

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from gateway.exchange import NO_BUDGET, Budget, Principal
 from gateway.protocol.errors import PermissionDenied, QuotaExhausted, RateLimited, Unavailable
 from gateway.protocol.pricing import Price
-from gateway.stores.payers import MAX_TOKENS, Payer, Shares, Tariff, day_ends, day_of, month_ends, payers_of
+from gateway.stores.payers import MOST_TOKENS, Payer, Shares, Tariff, day_ends, day_of, month_ends, payers_of
 from gateway.stores.postgres import Pool
 from gateway.stores.reservations import SLICE as SLICE
 from gateway.stores.reservations import Ask, Keep, Look, Owe, Seed, Settle
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 WHOLE = 4096  # output tokens that are reserved for a whole answer that names no maximum
 MAX_MICROS = 10**12  # of one exchange: a million dollars
+READERS = 2  # counters that are made from the ledger at once: a small part of the pool, which also looks up keys
 ATTEMPTS = 3  # to reserve; after each one counters that were missing are made
 
 # By their numbers in budgets.lua.
@@ -72,6 +73,7 @@ class Budgets:
         # What Redis is to be charged, without a hold: epoch, subject and day -> tokens, micros.
         self._owed: defaultdict[tuple[int, str, int], list[int]] = defaultdict(lambda: [0, 0])
         self._making: dict[tuple[str, int], asyncio.Task[bool]] = {}  # counters, by subject and day
+        self._reading = asyncio.Semaphore(READERS)
         self._tasks: set[asyncio.Task[Any]] = set()  # these, and extensions; ended by close
         script.beats.append(self._beat)
 
@@ -114,7 +116,7 @@ class Budgets:
 
     def settle(self, exchange_id: str, tokens: int, micros: int) -> None:
         """Of an exchange that a process which is dead now reserved for, when its row was found. Never waits."""
-        self._script.send(Settle(self._script, exchange_id, *_plausible(tokens, micros)))
+        self._script.send_later(Settle(self._script, exchange_id, *_plausible(tokens, micros)))
 
     async def spent(self, subject: str) -> Spent:
         """Today and this month by `k:<key id>`, `a:<account id>` or `all`; what runs counts as it is reserved.
@@ -145,7 +147,7 @@ class Budgets:
 
         A reservation that has been granted something is never refused: it keeps that.
         """
-        output = min(max(output, 1), MAX_TOKENS)
+        output = min(max(output, 1), MOST_TOKENS)
         for _ in range(ATTEMPTS):
             if self._script.gone:
                 break
@@ -216,7 +218,8 @@ class Budgets:
     async def _make_one(self, subject: str, at: datetime) -> bool:
         try:
             await self._flushed()
-            spent = await read_spent(self._pool, subject, at)
+            async with self._reading:
+                spent = await read_spent(self._pool, subject, at)
         except Unavailable:
             log.warning("the counters of a budget cannot be made from the ledger")
             return False
@@ -302,7 +305,7 @@ class Budgets:
 
 
 def _plausible(tokens: int, micros: int) -> tuple[int, int]:
-    return min(tokens, MAX_TOKENS), min(micros, MAX_MICROS)
+    return min(tokens, MOST_TOKENS), min(micros, MAX_MICROS)
 
 
 # --- what a client reads ------------------------------------------------------------------------------------------

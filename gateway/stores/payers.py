@@ -13,7 +13,7 @@ from gateway.stores.grants import Buckets
 DEPLOYMENT = "all"
 MAX_SHARES = 10_000  # payers whose remainders are remembered: 2 MB
 # Of one exchange: what a client asks for or a provider reports beyond that is nonsense, and would break sums in Redis.
-MAX_TOKENS = 10**9
+MOST_TOKENS = 10**9
 _MOST = 2**53 - 1  # what Lua counts exactly
 _NO_LIMIT = 2**62
 
@@ -64,7 +64,7 @@ class Tariff:
     @classmethod
     def of(cls, prompt_tokens: int, price: Price | None) -> "Tariff":
         """The dearest that it can be: all of the prompt written to the provider's cache, all of the output thought."""
-        prompt_tokens = min(prompt_tokens, MAX_TOKENS)
+        prompt_tokens = min(prompt_tokens, MOST_TOKENS)
         if price is None:
             return cls(prompt_tokens)
         price = price.for_prompt(prompt_tokens)
@@ -113,6 +113,9 @@ class Shares:
         """What Redis said; below 0: no limit."""
         if not payer.counted:
             return
+        known = self._shares.get(payer.subject)
+        if known is not None and known.day > day:
+            return  # of a stream that began yesterday
         share = _Share(day, tokens if tokens >= 0 else _NO_LIMIT, micros if micros >= 0 else _NO_LIMIT)
         self._shares[payer.subject] = share
         self._shares.move_to_end(payer.subject)

@@ -53,6 +53,11 @@ class Reservation:
         return self.tariff.micros(self.granted) if self.granted else 0
 
     @property
+    def binding(self) -> bool:
+        """Whether there is a budget to hold it to, and not only a limit of tokens a minute."""
+        return any(payer.counted for payer in self.payers)
+
+    @property
     def settled(self) -> bool:
         return self._settled
 
@@ -71,7 +76,10 @@ class Reservation:
 
     async def more(self, tokens: int) -> bool:
         """After `used` said False: waits for the answer under way, or asks. False: nothing is left, cut the stream."""
-        await asyncio.wait({self._asked or self._ask(max(tokens, self.granted) + SLICE)})
+        if self._asked is not None:
+            await asyncio.wait({self._asked})
+        if tokens >= self.granted:  # what was asked in the background may have been for less than has passed since
+            await asyncio.wait({self._asked or self._ask(tokens + SLICE)})
         return tokens < self.granted
 
     def settle(self, tokens: int, micros: int) -> None:
@@ -89,12 +97,15 @@ class Reservation:
         if granted >= self.granted:
             self.epoch = epoch
         self.granted = max(granted, self.granted)
-        self._mark = self.granted - SLICE // 2 if granted >= wanted else self.granted
+        self._mark = self._half_left() if granted >= wanted else self.granted
 
     def take_here(self, granted: int) -> None:
         self.local = True
         self.granted = granted
-        self._mark = granted - SLICE // 2
+        self._mark = self._half_left()
+
+    def _half_left(self) -> int:
+        return self.granted - min(self.granted, SLICE) // 2
 
     def _ask(self, output: int) -> asyncio.Task[None]:
         self._asked = self._budgets.start(self._grow(output))

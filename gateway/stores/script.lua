@@ -6,11 +6,12 @@
 -- that begins by removing something is let through. It takes Redis 7 or Valkey.
 -- https://redis.io/docs/latest/develop/programmability/lua-api/#script_flags
 --
--- ARGV[1]  not empty: this server may have lost its memory
+-- ARGV[1]  the server's run id when it did not know this script, else empty: another run may have lost its memory
 -- ARGV[2]  a line for each operation: its name, a space, and words
 -- ARGV[3]  and on: the payloads of those operations that carry one, in their order
 --
--- aig:epoch  when the memory of this server began, as far as we can rely on it, µs
+-- aig:epoch   when the memory of this server began, as far as we can rely on it, µs
+-- aig:server  the run of the server that this memory is of
 --
 -- One string of lines and one out, because redis-py spends more time on packing an argument than Lua on reading it. So
 -- the names of keys are made here, and the server may have replicas but may not be a cluster.
@@ -30,10 +31,12 @@ local function whole(number)
 end
 
 local epoch = redis.call("GET", "aig:epoch")
-if not epoch or ARGV[1] ~= "" then
+local server = ARGV[1]
+if not epoch or server ~= "" and redis.call("GET", "aig:server") ~= server then
   epoch = whole(now)
   redis.call("SET", "aig:epoch", epoch)
 end
+if server ~= "" then redis.call("SET", "aig:server", server) end
 
 local payloads = 2
 local function payload() -- of the operation that asks for it

@@ -160,8 +160,9 @@ class RedisScript:
 
     def send_later(self, operation: Operation) -> None:
         """With one of the next round trips, a few at a time: a thousand renewals hold up nobody. Lost with Redis."""
-        self._due.append(operation)
-        self._start()
+        if not self.gone:
+            self._due.append(operation)
+            self._start()
 
     async def run(self) -> None:
         """Keeps the beat, and looks for a Redis that is gone. Never returns.
@@ -241,10 +242,11 @@ class RedisScript:
         try:
             return await evalsha(_SHA, 0, "", *arguments)
         except exceptions.NoScriptError:
-            # A server that was restarted, or that we failed over to: what it remembers may be old. So one call both
-            # loads the script and begins a new epoch.
+            # A server that was restarted, or that we failed over to: what it remembers may be old. Or a script that is
+            # new to it: then it is the server that it was.
+            server = (await self._redis.info("server")).get("run_id") or "unknown"
             evaluate: Callable[..., Awaitable[Any]] = self._redis.eval
-            return await evaluate(_SCRIPT, 0, "new", *arguments)
+            return await evaluate(_SCRIPT, 0, server, *arguments)
 
     def _read(self, reply: Any, expected: int) -> list[list[int]]:
         first, *lines = reply.split(b"\n")

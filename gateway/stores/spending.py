@@ -22,9 +22,11 @@ select
     coalesce(sum(cost_micros), 0)::bigint
 """
 # A statement each: one for all of them would get one plan, which reads the tables whole.
-_BY_ALL = _SPENT + "from usage_day_by_model where start >= $3 and start < $4"
-_BY_KEY = _SPENT + "from usage_day_by_key where start >= $3 and start < $4 and key_id = $5"
-_BY_ACCOUNT = _SPENT + "from usage_day_by_key where start >= $3 and start < $4 and account_id = $5"
+_BY_ALL = _SPENT + "from usage_rollups where rollup = 'day_by_model' and start >= $3 and start < $4"
+_BY_KEY = _SPENT + "from usage_rollups where rollup = 'day_by_key' and start >= $3 and start < $4 and key_id = $5"
+_BY_ACCOUNT = (
+    _SPENT + "from usage_rollups where rollup = 'day_by_key' and start >= $3 and start < $4 and account_id = $5"
+)
 
 
 async def read_spent(pool: Pool, subject: str, at: datetime) -> Spent:

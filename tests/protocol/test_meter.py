@@ -100,8 +100,19 @@ def test_the_last_usage_wins() -> None:
     meter = Meter([])
     meter.see("a", Usage(5, 1), None)
     meter.see("b", Usage(5, 2), None)
-    meter.see("c", None, None)
+    meter.see("", None, None)
     assert meter.result() == (Usage(5, 2), "provider")
+
+
+def test_text_after_a_usage_is_counted_until_the_next_usage() -> None:
+    meter = Meter([])
+    meter.see("", Usage(5, 0), None)
+    for _ in range(10):
+        meter.see("word", None, None)
+    assert meter.completion_tokens >= 10
+    assert meter.result()[1] == "estimated"
+    meter.see("", Usage(5, 11), None)
+    assert meter.result() == (Usage(5, 11), "provider")
 
 
 def test_the_last_finish_reason_wins() -> None:

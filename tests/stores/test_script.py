@@ -77,10 +77,17 @@ async def test_an_epoch_lasts_as_long_as_the_memory(redis_url: str, redis: Redis
         assert [other.epoch] == [one.epoch] == beats  # it is time to say what runs
 
 
-async def test_a_server_that_does_not_know_the_script_begins_a_new_epoch(redis_url: str, redis: Redis) -> None:
+async def test_another_run_of_the_server_begins_a_new_epoch_and_a_new_script_does_not(
+    redis_url: str, redis: Redis
+) -> None:
     async with script(redis_url) as one:
+        await redis.script_flush()
         await asked(one, Told())
         first = one.epoch
+        await redis.script_flush()  # as after a release with another script
+        await asked(one, Told())
+        assert one.epoch == first
+        await redis.set("aig:server", "the run that wrote this memory")  # as after a fail-over or a restart
         await redis.script_flush()
         await asked(one, Told())
         assert one.epoch > first

@@ -1,0 +1,65 @@
+"""What a request may use of its budgets, before it is sent."""
+
+import asyncio
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+from aiohttp import web
+
+from gateway.appkeys import BUDGETS, METRICS, PRICES
+from gateway.exchange import Exchange
+from gateway.protocol.chat import PARSE_HERE, ChatRequest, OutputLimit, capped, max_output
+from gateway.protocol.errors import GatewayError, PermissionDenied, QuotaExhausted, RateLimited, Unavailable
+from gateway.protocol.meter import Meter
+from gateway.stores.budgets import SLICE, WHOLE, Reservation
+
+# The label of `gateway_rate_limited_total`.
+_REFUSALS: Mapping[type[GatewayError], str] = {
+    QuotaExhausted: "insufficient_quota",
+    RateLimited: "tokens_per_minute",
+    PermissionDenied: "price_unknown",
+    Unavailable: "unavailable",
+}
+
+
+async def reserve(request: web.Request, exchange: Exchange, meter: Meter) -> ChatRequest:
+    """The request as its budgets let it be sent; what they hold for it is the exchange's `reservation`.
+
+    Raises what `Budgets.reserve` does.
+    """
+    chat, principal, target = exchange.chat, exchange.principal, exchange.target
+    assert chat is not None and principal is not None and target is not None
+    if not request.config_dict[BUDGETS].covers(principal):
+        return chat
+    large = len(chat.body) > PARSE_HERE
+    prompt_tokens = await asyncio.to_thread(meter.prompt_estimate) if large else meter.prompt_estimate()
+    asked = max_output(chat)
+    wanted = min(asked or SLICE, SLICE) if chat.stream else asked or WHOLE
+    try:
+        reservation = await _ask(request, exchange, prompt_tokens, wanted)
+    except GatewayError as error:
+        request.config_dict[METRICS].rate_limited.labels(_REFUSALS[type(error)]).inc()
+        raise
+    exchange.reservation = reservation
+    exchange.headers.update(reservation.headers)
+    if chat.stream or not reservation.binding or (asked is not None and reservation.granted >= wanted):
+        return chat
+    # Nobody can stop a whole answer in the middle: it is asked for no more than it was granted. OpenAI's newest models
+    # take only the newer word.
+    field: OutputLimit = "max_completion_tokens" if target.provider.name == "openai" else "max_tokens"
+    if large:
+        return await asyncio.to_thread(capped, chat, reservation.granted, field=field)
+    return capped(chat, reservation.granted, field=field)
+
+
+async def _ask(request: web.Request, exchange: Exchange, prompt_tokens: int, output_tokens: int) -> Reservation:
+    target, principal = exchange.target, exchange.principal
+    assert target is not None and principal is not None
+    return await request.config_dict[BUDGETS].reserve(
+        principal,
+        exchange.id,
+        exchange.started_at,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        price=request.config_dict[PRICES].price(target.provider.name, target.model, datetime.now(UTC)),
+    )
