@@ -229,7 +229,7 @@ async def _prove(folder: Path, rows: int, times: int) -> bool:
             _tell(f"  {name:22} {cells:>9} {size}")
     async with _database(folder) as pool:  # what Postgres kept in memory is gone
         slowest = await _time_all(pool, until, times)
-        _tell(f"written beside all this: {await write(pool, 40):.0f} rows a second")
+        _tell(f"then written, sums and all: {await write(pool, 40):.0f} rows a second")
     return slowest <= MOST
 
 
