@@ -39,6 +39,7 @@ from gateway.protocol.errors import (
 )
 from gateway.protocol.meter import Meter
 from gateway.protocol.usage import Usage
+from gateway.protocol.whole import Whole
 from gateway.reserve import reserve
 from gateway.upstream import MAX_ERROR_BODY, Answer
 
@@ -87,13 +88,15 @@ class _Attempt:
     """One try at one target. Its exchange's outcome, status, error_code and meter are written here alone."""
 
     def __init__(self, request: web.Request, exchange: Exchange, call: Call, meter: Meter) -> None:
-        assert exchange.principal is not None
+        assert exchange.principal is not None and exchange.chat is not None
         self._request = request
         self._exchange = exchange
         self._target = call.target
         self._stream = call.chat.stream
+        # The provider streams, and the client wants a whole answer.
+        self._gathered = Whole() if call.chat.stream and not exchange.chat.stream else None
         self._drain_seconds = exchange.principal.drain_seconds
-        self._client = Client(request, stream=self._stream, outlived=self._drain_seconds > 0)
+        self._client = Client(request, stream=exchange.chat.stream, outlived=self._drain_seconds > 0)
         self._dialect = DIALECTS[call.target.provider.dialect]
         self.translator = self._dialect.translator(call)
         self._meter = meter
@@ -112,13 +115,20 @@ class _Attempt:
         client = self._client
         with self._request.config_dict[PULSE].watch(client):
             try:
-                answering = self._answer_stream(to_send) if self._stream else self._answer_whole(to_send)
+                answering = self._answer(to_send)
                 return await (self._outlive(answering) if self._drain_seconds else answering)
             finally:
                 if client.prepared:
                     self._exchange.status = 200
                 if client.stalled:
                     self._exchange.error_code = "client_stalled"
+
+    async def _answer(self, to_send: UpstreamRequest) -> web.StreamResponse:
+        if not self._stream:
+            return await self._answer_whole(to_send)
+        if self._gathered is None:
+            return await self._answer_stream(to_send)
+        return await self._answer_gathered(to_send, self._gathered)
 
     async def _outlive(self, answering: Coroutine[None, None, web.StreamResponse]) -> web.StreamResponse:
         """The client may leave: the provider is read on for a while, so that its own figures come."""
@@ -191,26 +201,29 @@ class _Attempt:
                 client.reading_since = monotonic()
                 data = await answer.read()
                 client.reading_since = 0.0
-                chunks = translator.feed(data) if data else []
-                if translator.done or not data:
-                    break
-                if not await self._forward(chunks):
-                    answer.close()
-                    return await self._cut()
+                for piece in self._pieces(data):
+                    chunks = translator.feed(piece) if piece else []
+                    if translator.done or not piece:
+                        last = await self._last_words(chunks)
+                        answer.finish()
+                        self._done("ok")
+                        return last
+                    if not await self._forward(chunks):
+                        answer.close()
+                        return await self._cut()
                 self._recorder.tick(self._exchange)
-            last = await self._last_words(chunks)
         except BaseException:
             answer.close()
             raise
-        answer.finish()
-        self._done("ok")
-        return last
+
+    def _pieces(self, data: bytes) -> list[bytes]:
+        """What is fed at once: under a budget a line, so that the translator knows no more than was passed on."""
+        if self._reservation is None or not data:
+            return [data]
+        return data.splitlines(keepends=True)
 
     async def _last_words(self, chunks: list[Chunk]) -> bytes:
-        """Sends all but the last chunk, which it gives. Raises UpstreamError, with all before the fault sent.
-
-        What no budget pays for is sent as well: the provider has ended, and bills it.
-        """
+        """Sends all but the last chunk, which it gives. Raises UpstreamError, with all before the fault sent."""
         try:
             chunks = [*chunks, *self.translator.flush()]
         except GatewayError:
@@ -242,8 +255,12 @@ class _Attempt:
         return self.translator.cut(usage)
 
     async def _send(self, chunks: list[Chunk]) -> None:
-        if data := self._take(chunks):
+        if not (data := self._take(chunks)):
+            return
+        if self._gathered is None:
             await self._client.send(data)
+        else:
+            self._gathered.add(data)
 
     def _take(self, chunks: list[Chunk]) -> bytes:
         # Counted before it is sent: the provider bills what the client did not wait for.
@@ -268,6 +285,19 @@ class _Attempt:
     async def _before_last(self) -> None:
         """The last byte of a whole answer."""
         self._done("ok")
+        await self._settle()
+
+    async def _answer_gathered(self, to_send: UpstreamRequest, whole: Whole) -> web.StreamResponse:
+        """Made of a stream, which a budget may have ended in the middle."""
+        limit = self._settings.gateway_total_timeout
+        with self._within(limit, f"did not finish its answer within {limit:g} s", "timeout_total"):
+            async with asyncio.timeout(limit):
+                self._client.answer = await self._open(to_send)
+                last = await self._pump(self._client.answer)
+        whole.add(last)
+        return await self._client.send_whole(whole.body(), self._settle)
+
+    async def _settle(self) -> None:
         await self._recorder.settle(self._exchange)
 
     # --- both

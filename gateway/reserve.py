@@ -3,15 +3,17 @@
 import asyncio
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 
 from aiohttp import web
 
 from gateway.appkeys import BUDGETS, METRICS, PRICES
 from gateway.exchange import Exchange
-from gateway.protocol.chat import PARSE_HERE, ChatRequest, OutputLimit, capped, max_output
+from gateway.protocol.chat import PARSE_HERE, ChatRequest, max_output
 from gateway.protocol.errors import GatewayError, PermissionDenied, QuotaExhausted, RateLimited, Unavailable
 from gateway.protocol.meter import Meter
-from gateway.stores.budgets import SLICE, WHOLE, Reservation
+from gateway.protocol.whole import streamed
+from gateway.stores.budgets import SLICE, Reservation
 
 # The label of `gateway_rate_limited_total`.
 _REFUSALS: Mapping[type[GatewayError], str] = {
@@ -33,23 +35,18 @@ async def reserve(request: web.Request, exchange: Exchange, meter: Meter) -> Cha
         return chat
     large = len(chat.body) > PARSE_HERE
     prompt_tokens = await asyncio.to_thread(meter.prompt_estimate) if large else meter.prompt_estimate()
-    asked = max_output(chat)
-    wanted = min(asked or SLICE, SLICE) if chat.stream else asked or WHOLE
     try:
-        reservation = await _ask(request, exchange, prompt_tokens, wanted)
+        reservation = await _ask(request, exchange, prompt_tokens, min(max_output(chat) or SLICE, SLICE))
     except GatewayError as error:
         request.config_dict[METRICS].rate_limited.labels(_REFUSALS[type(error)]).inc()
         raise
     exchange.reservation = reservation
     exchange.headers.update(reservation.headers)
-    if chat.stream or not reservation.binding or (asked is not None and reservation.granted >= wanted):
+    if chat.stream or not reservation.binding:
         return chat
-    # Nobody can stop a whole answer in the middle: it is asked for no more than it was granted. OpenAI's newest models
-    # take only the newer word.
-    field: OutputLimit = "max_completion_tokens" if target.provider.name == "openai" else "max_tokens"
-    if large:
-        return await asyncio.to_thread(capped, chat, reservation.granted, field=field)
-    return capped(chat, reservation.granted, field=field)
+    # Only a stream can be ended in the middle.
+    ask = partial(streamed, chat, asks_usage=target.provider.asks_usage)
+    return await asyncio.to_thread(ask) if large else ask()
 
 
 async def _ask(request: web.Request, exchange: Exchange, prompt_tokens: int, output_tokens: int) -> Reservation:

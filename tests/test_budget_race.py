@@ -1,7 +1,6 @@
 """Budgets under more streams than they allow, over two gateways: never overspent, never refused too early."""
 
 import asyncio
-import json
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -20,6 +19,10 @@ pytestmark = pytest.mark.integration
 
 SLICE = 256  # output tokens of a stream that are reserved at a time
 CHUNK = 3  # tokens of the mock's longest
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
+    for name in ("look", "find")
+]
 
 
 @pytest.fixture
@@ -63,6 +66,19 @@ async def test_four_times_more_streams_than_a_budget_allows_overspend_it_by_at_m
             assert rows[one.id]["outcome"] == ("ok" if one.finish_reason == "stop" else "budget_exhausted")
             assert (rows[one.id]["prompt_tokens"], rows[one.id]["completion_tokens"]) == one.usage
     await assert_providers_were_closed_at_once(deployment, [one for one in raced if one.finish_reason == "length"])
+
+
+@pytest.mark.parametrize("dialect", MODELS)
+async def test_answers_that_come_in_one_burst_are_held_to_their_budget_too(
+    deployment: Deployment, dialect: str
+) -> None:
+    key = await deployment.new_key(tokens_per_day=2000)
+    raced = await deployment.race([key], f"{MODELS[dialect]}?tokens=1000", 12, max_tokens=MANY)
+    ends = [one.finish_reason or one.error for one in raced]
+    assert set(ends) <= {"stop", "length", "insufficient_quota"}
+    await deployment.assert_it_shows_what_rows_sum_up_to(key, "tokens_per_day")
+    tokens, _ = await deployment.used()
+    assert 2000 - SLICE <= tokens <= 2000 + CHUNK * ends.count("length")
 
 
 async def assert_providers_were_closed_at_once(deployment: Deployment, cut: Sequence[Streamed]) -> None:
@@ -152,18 +168,43 @@ async def test_a_whole_answer_is_asked_for_no_longer_than_it_can_be_paid(deploym
     assert refused[-1].error == "insufficient_quota"
 
 
-async def test_a_whole_answer_that_names_no_maximum_has_one_under_a_budget_and_none_without(
-    deployment: Deployment,
+@pytest.mark.parametrize("dialect", MODELS)
+@pytest.mark.parametrize("case", ["tokens=50", "case=parallel_tools"])
+async def test_a_whole_answer_under_a_budget_is_the_answer_without_one(
+    deployment: Deployment, dialect: str, case: str
 ) -> None:
-    asked = []
-    for limit in ("tokens_per_day", "tokens_per_minute"):
-        limits: dict[str, Any] = {limit: 1_000_000}
-        key = await deployment.new_key(**limits)
+    answers = []
+    for limit in (0, 1_000_000):
+        key = await deployment.new_key(tokens_per_day=limit)
         url, headers = f"{deployment.gateways[0].base_url}/chat/completions", {"Authorization": f"Bearer {key.token}"}
-        async with deployment.client.post(url, json=chat_body("openai/mock-gpt"), headers=headers) as response:
+        tools: dict[str, Any] = {"tools": TOOLS} if "tools" in case else {}
+        body = chat_body(f"{MODELS[dialect]}?{case}", **tools)
+        async with deployment.client.post(url, json=body, headers=headers) as response:
             assert response.status == 200, await response.text()
-        asked.append(json.loads(deployment.mock.received[-1].body).get("max_completion_tokens"))
-    assert asked == [4096, None]
+            answers.append(await response.json())
+    without, under = answers
+    for choice in (*without["choices"], *under["choices"]):
+        for call in choice["message"].get("tool_calls") or ():
+            call.pop("id")  # made anew for each answer
+    assert [choice["message"]["content"] for choice in under["choices"]] == [
+        choice["message"]["content"] for choice in without["choices"]
+    ]
+    assert under["choices"][0]["message"].get("tool_calls") == without["choices"][0]["message"].get("tool_calls")
+    assert under["choices"][0]["finish_reason"] == without["choices"][0]["finish_reason"]
+    assert under["object"] == without["object"] == "chat.completion"
+    assert under["usage"]["total_tokens"] == without["usage"]["total_tokens"]
+
+
+async def test_whole_answers_with_a_large_maximum_lock_nobody_out(deployment: Deployment) -> None:
+    key = await deployment.new_key(tokens_per_day=20_000)
+    url, headers = f"{deployment.gateways[0].base_url}/chat/completions", {"Authorization": f"Bearer {key.token}"}
+
+    async def ask() -> int:
+        body = chat_body("openai/mock-gpt?tokens=30&pace_ms=5", max_tokens=MANY)
+        async with deployment.client.post(url, json=body, headers=headers) as response:
+            return response.status
+
+    assert await asyncio.gather(*(ask() for _ in range(20))) == [200] * 20
 
 
 async def test_a_route_has_a_bucket_of_its_own(database_url: str, redis_url: str, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import orjson
 from aiohttp import web
 
 from gateway import __version__
-from gateway.appkeys import CATALOGUE, LIMITER, METRICS, POOL, PULSE, SHIPPER
+from gateway.appkeys import CATALOGUE, LIMITER, METRICS, POOL, PULSE, RECORDER, SHIPPER
 from gateway.metrics import CONTENT_TYPE
 from gateway.protocol.errors import Unavailable
 from gateway.stores.postgres import HOT_ACQUIRE_TIMEOUT, HOT_COMMAND_TIMEOUT, Pool, connection
@@ -33,6 +33,8 @@ async def ready(request: web.Request) -> web.Response:
     """200 only when it can serve. Postgres or Redis gone is no reason to say no: known keys are served without them."""
     if request.config_dict[PULSE].draining:
         return web.json_response({"status": "draining"}, status=503)
+    if request.config_dict[RECORDER].refusing:
+        return web.json_response({"status": "usage_log_full"}, status=503)
     return web.json_response({"status": "ready"})
 
 
@@ -40,7 +42,7 @@ async def report(request: web.Request) -> web.Response:
     app = request.config_dict
     postgres = await _postgres(app[POOL])
     catalogue = app[CATALOGUE]
-    degraded = postgres != "up" or app[LIMITER].state != "redis"
+    degraded = postgres != "up" or app[LIMITER].state != "redis" or app[RECORDER].refusing
     body = {
         "status": "draining" if app[PULSE].draining else "degraded" if degraded else "ok",
         "version": __version__,
@@ -48,6 +50,7 @@ async def report(request: web.Request) -> web.Response:
         "dependencies": {"postgres": postgres, "redis": "up" if app[LIMITER].state == "redis" else "down"},
         "limiter": app[LIMITER].state,
         "usage_rows_waiting": app[SHIPPER].queued,
+        "usage_log_full": app[RECORDER].refusing,
         "open_exchanges": app[PULSE].open_exchanges,
         "providers": {
             name: {"enabled": provider.enabled, "reachable": catalogue.reachable.get(name)}

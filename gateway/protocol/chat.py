@@ -1,14 +1,14 @@
 """A chat request as the client sent it, and what a dialect promises to make of it."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 
 from gateway.protocol.checks import check_chat
 from gateway.protocol.errors import GatewayError
-from gateway.protocol.json_object import edit_object, parse_object
+from gateway.protocol.json_object import parse_object
 from gateway.protocol.routing import Target
 from gateway.protocol.usage import Usage
 
@@ -17,8 +17,7 @@ PARSE_HERE = 1 << 17
 
 # How a request limits its answer, the newer name first. OpenAI's reasoning models refuse the older one, and many other
 # servers do not know the newer (https://platform.openai.com/docs/api-reference/chat/create).
-OutputLimit = Literal["max_completion_tokens", "max_tokens"]
-OUTPUT_LIMITS: tuple[OutputLimit, ...] = ("max_completion_tokens", "max_tokens")
+_OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,24 +131,8 @@ def parse_chat(body: bytes) -> ChatRequest:
 
 def max_output(chat: ChatRequest) -> int | None:
     """Tokens that all choices together may have at most; None when the request does not say."""
-    given = [limit for name in OUTPUT_LIMITS if (limit := chat.fields.get(name)) is not None]
+    given = [limit for name in _OUTPUT_LIMITS if (limit := chat.fields.get(name)) is not None]
     return min(given) * _choices(chat) if given else None
-
-
-def capped(chat: ChatRequest, tokens: int, *, field: OutputLimit = "max_tokens") -> ChatRequest:
-    """The same request, asking for at most `tokens` of output in all choices together, but for one in each at least.
-
-    What it says itself is lowered and never raised; `field` is what is added when it says nothing. All other bytes
-    of the body stay.
-    """
-    limit = max(tokens // _choices(chat), 1)
-    given = [name for name in OUTPUT_LIMITS if chat.fields.get(name) is not None]
-    changes: dict[str, int] = {name: limit for name in given if chat.fields[name] > limit}
-    if not given:
-        changes[field] = limit
-    if not changes:
-        return chat
-    return replace(chat, body=edit_object(chat.body, changes), fields={**chat.fields, **changes})
 
 
 def _choices(chat: ChatRequest) -> int:

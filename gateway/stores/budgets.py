@@ -34,7 +34,6 @@ from gateway.stores.spending import Spent, read_spent
 
 log = logging.getLogger(__name__)
 
-WHOLE = 4096  # output tokens that are reserved for a whole answer that names no maximum
 MAX_MICROS = 10**12  # of one exchange: a million dollars
 READERS = 2  # counters that are made from the ledger at once: a small part of the pool, which also looks up keys
 ATTEMPTS = 3  # to reserve; after each one counters that were missing are made

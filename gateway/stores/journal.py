@@ -134,6 +134,15 @@ class Journal:
 
     # --- room
 
+    @property
+    def full(self) -> bool:
+        """Whether `begin` would refuse."""
+        try:
+            self._check_room(ROOM)
+        except OSError:
+            return True
+        return False
+
     def _check_room(self, size: int) -> None:
         kept = ROOM * (len(self._open) + 1)
         if self.bytes + size + kept > self._max_bytes:

@@ -103,6 +103,11 @@ class Recorder:
         return None
 
     @property
+    def refusing(self) -> bool:
+        """Whether `begin` would raise."""
+        return self._on_full == "closed" and self._journal.full
+
+    @property
     def counting(self) -> int:
         """Exchanges that ended and whose rows are not written yet."""
         return len(self._counting)

@@ -52,6 +52,8 @@ def row_of(exchange: Exchange) -> UsageRow:
     principal, chat, target, meter = exchange.principal, exchange.chat, exchange.target, exchange.meter
     assert principal is not None and chat is not None and target is not None and meter is not None
     usage, source = meter.result()
+    prompt_tokens = _clamp(usage.prompt_tokens or 0, MAX_TOKENS)
+    completion_tokens = _clamp(usage.completion_tokens or 0, MAX_TOKENS)
     ended = exchange.ended or monotonic()
     return UsageRow(
         request_id=exchange.id,
@@ -69,11 +71,12 @@ def row_of(exchange: Exchange) -> UsageRow:
         outcome=exchange.outcome,
         error_code=storable(exchange.error_code),
         finish_reason=storable(meter.finish_reason or ""),
-        prompt_tokens=_clamp(usage.prompt_tokens or 0, MAX_TOKENS),
-        completion_tokens=_clamp(usage.completion_tokens or 0, MAX_TOKENS),
-        cached_tokens=_clamp(usage.cached_tokens, MAX_TOKENS),
-        cache_write_tokens=_clamp(usage.cache_write_tokens, MAX_TOKENS),
-        reasoning_tokens=_clamp(usage.reasoning_tokens, MAX_TOKENS),
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        # Parts are never more than their whole, whatever the provider says.
+        cached_tokens=_clamp(usage.cached_tokens, prompt_tokens),
+        cache_write_tokens=_clamp(usage.cache_write_tokens, prompt_tokens - _clamp(usage.cached_tokens, prompt_tokens)),
+        reasoning_tokens=_clamp(usage.reasoning_tokens, completion_tokens),
         usage_source=source,
         latency_ms=_milliseconds(ended - exchange.started),
         ttft_ms=_milliseconds(exchange.first_byte - exchange.started) if exchange.first_byte else None,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.protocol.chat import ChatRequest, OutputLimit, capped, max_output, parse_chat, prompt_text
+from gateway.protocol.chat import ChatRequest, max_output, parse_chat, prompt_text
 from gateway.protocol.errors import InvalidJSON, InvalidRequest
 from gateway.protocol.json_object import MAX_DEPTH, edit_object, parse_object
 
@@ -261,38 +261,6 @@ def test_the_most_that_an_answer_may_cost_is_its_limit_times_its_choices(
     fields: dict[str, Any], most: int | None
 ) -> None:
     assert max_output(chat(**fields)) == most
-
-
-@pytest.mark.parametrize(
-    ("fields", "tokens", "changes"),
-    [
-        ({}, 5, {"max_tokens": 5}),
-        ({"max_tokens": None}, 5, {"max_tokens": 5}),
-        ({"max_tokens": 6}, 5, {"max_tokens": 5}),
-        ({"max_tokens": 5}, 5, {}),
-        ({"max_completion_tokens": 6}, 5, {"max_completion_tokens": 5}),
-        ({"max_completion_tokens": 6, "max_tokens": 7}, 5, {"max_completion_tokens": 5, "max_tokens": 5}),
-        ({"max_completion_tokens": 4, "max_tokens": 7}, 5, {"max_tokens": 5}),
-        ({"n": 2}, 5, {"max_tokens": 2}),
-        ({"n": 2}, 1, {"max_tokens": 1}),
-        ({}, 0, {"max_tokens": 1}),
-    ],
-)
-def test_a_request_is_capped_to_what_may_still_be_spent(
-    fields: dict[str, Any], tokens: int, changes: dict[str, int]
-) -> None:
-    asked = chat(**fields)
-    less = capped(asked, tokens)
-    assert less == parse_chat(edit_object(asked.body, changes))
-    assert (less is asked) == (not changes)
-
-
-@pytest.mark.parametrize("field", ["max_completion_tokens", "max_tokens"])
-def test_a_limit_that_is_added_has_the_name_that_the_provider_takes(field: OutputLimit) -> None:
-    body = b'{ "model":"m", "top_p": 1.0e0, "messages":[{"role":"user","content":"\\u0041"}] }'
-    less = capped(parse_chat(body), 5, field=field)
-    assert less.body == f'{{"{field}":5,'.encode() + body[1:]
-    assert less.fields[field] == 5
 
 
 # --- the prompt's text --------------------------------------------------------------------------------------------

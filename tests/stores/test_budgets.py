@@ -15,7 +15,7 @@ from gateway.protocol.errors import PermissionDenied, QuotaExhausted, RateLimite
 from gateway.protocol.pricing import Price
 from gateway.stores import payers as payers_module
 from gateway.stores import script as script_module
-from gateway.stores.budgets import SLICE, WHOLE, Budgets, Reservation
+from gateway.stores.budgets import SLICE, Budgets, Reservation
 from gateway.stores.limits import Limiter
 from gateway.stores.payers import day_of
 from gateway.stores.postgres import Pool
@@ -909,7 +909,3 @@ async def test_a_chunk_costs_a_comparison(redis_url: str, pool: Pool, figure: Ca
         cost = (time.process_time() - started) / 50_000
         figure(f"budgets: {cost * 1e9:.0f} ns of CPU a chunk")
         assert cost < 2e-6
-
-
-def test_a_whole_answer_is_reserved_as_more_than_one_slice() -> None:
-    assert WHOLE > SLICE
