@@ -80,6 +80,8 @@ class Journal:
         self._quiet_until = 0.0  # seconds, monotonic
         self._written = 0  # records
         self._synced = 0  # records among them that are on disk, whatever happens
+        self._wanted = 0  # records that somebody wanted there
+        self._closing = False
         self._finished: list[int] = []  # descriptors of full segments that were not synced yet
         self._new_files = True  # the folder has entries that were not synced yet
         self._syncing: asyncio.Future[None] | None = None
@@ -264,16 +266,23 @@ class Journal:
 
     # --- syncing
 
-    async def synced(self) -> None:
-        """Returns when all that was written so far would survive a power cut, if the policy is "group"."""
+    async def synced(self, seconds: float | None = None) -> None:
+        """Returns when all that was written so far would survive a power cut, if the policy is "group".
+
+        Or after so many seconds; the disk then goes on by itself.
+        """
         if self._fsync != "group":
             return
-        wanted = self._written
+        self._wanted = wanted = self._written
+        deadline = None if seconds is None else monotonic() + seconds
         while self._synced < wanted:
             # Those who come while one runs share the next.
             if self._syncing is None or self._syncing.done():
                 self._syncing = self._start_sync()
-            await asyncio.wait([self._syncing])
+            left = None if deadline is None else deadline - monotonic()
+            if left is not None and left <= 0:
+                return
+            await asyncio.wait([self._syncing], timeout=left)
 
     def _start_sync(self) -> asyncio.Future[None]:
         written = self._written
@@ -303,6 +312,8 @@ class Journal:
         if error is not None:
             self._sync_failed(error)
         self._synced = max(self._synced, written)
+        if self._synced < self._wanted and not self._closing:
+            self._syncing = self._start_sync()  # also when nobody waits for it any more
 
     def _sync_failed(self, error: BaseException) -> None:
         """The kernel forgets what it could not write, and the next fdatasync would lie: go on in another file.
@@ -321,6 +332,7 @@ class Journal:
 
     def close(self) -> None:
         """Let go of the folder, with all on disk that is in it; it is removed when nothing is."""
+        self._closing = True
         self._thread.shutdown()
         if self._fsync != "never":
             try:

@@ -31,6 +31,7 @@ import aiohttp
 import uvloop
 
 from gateway.stores.journal import Journal
+from gateway.stores.recorder import DISK
 from tests.support.journal_writer import begun
 from tests.support.process import new_key, serving
 
@@ -116,7 +117,7 @@ async def request(journal: Journal | None) -> tuple[float, float]:
     worked = perf_counter()
     if journal is not None:
         journal.end(LAST)
-        await journal.synced()
+        await journal.synced(DISK)
     ended = perf_counter()
     return begun_at - started + ended - worked, ended - started
 

@@ -636,3 +636,19 @@ async def test_two_hundred_at_once_wait_a_moment_for_the_disk(journal: Journal, 
     median, slow = waits[len(waits) // 2] * 1000, waits[len(waits) * 99 // 100] * 1000
     figure(f"journal: 200 at once, group fdatasync: p50 {median:.2f} ms, p99 {slow:.2f} ms added to an exchange")
     assert median < 20
+
+
+async def test_nobody_waits_for_a_slow_disk_longer_than_told_and_the_disk_goes_on(tmp_path: Path) -> None:
+    disk = Disk()
+    journal = Journal(tmp_path, fdatasync=disk.fdatasync)
+    for _ in range(2):  # the second comes while the first is synced, and nobody waits for its own
+        journal.end(row())
+        async with asyncio.timeout(5):
+            await journal.synced(0.005)
+    while not disk.syncs:
+        await asyncio.sleep(0.001)
+    disk.gate.set()
+    async with asyncio.timeout(5):
+        while disk.syncs < 2 or journal._synced < journal._written:
+            await asyncio.sleep(0.001)
+    journal.close()
