@@ -1,7 +1,7 @@
 """What was spent of a budget, what is left of it, and when it starts again."""
 
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 from aiohttp import web
@@ -11,6 +11,7 @@ from gateway.exchange import Budget
 from gateway.protocol.errors import Unavailable
 from gateway.stores.key_limits import budget_limits, shown
 from gateway.stores.key_rows import Key
+from gateway.stores.payers import day_ends, month_ends
 
 # The budgets that last long enough to be worth a look, and what is spent of each.
 _SPENT = {"tokens_per_day": "tokens_day", "cost_per_day": "micros_day", "cost_per_month": "micros_month"}
@@ -47,7 +48,4 @@ async def _budgets(request: web.Request, of: str, subject: str, limits: Mapping[
 
 def resets_at(name: str, now: datetime) -> datetime:
     """The next day's or month's begin, UTC."""
-    today = now.replace(hour=0, minute=0, second=0, microsecond=0)
-    if name.endswith("_month"):
-        return (today.replace(day=1) + timedelta(days=32)).replace(day=1)
-    return today + timedelta(days=1)
+    return month_ends(now) if name.endswith("_month") else day_ends(now)
