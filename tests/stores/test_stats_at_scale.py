@@ -23,7 +23,7 @@ from tests.support.stores import Databases
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
-ROWS = 300_000
+ROWS = 100_000
 YARDSTICK = 8.0  # milliseconds that it takes on two cores of a server with nothing else to do
 UNTIL = datetime.now(UTC)
 
