@@ -259,8 +259,10 @@ class _Attempt:
             return
         if self._gathered is None:
             await self._client.send(data)
-        else:
-            self._gathered.add(data)
+            return
+        self._gathered.add(data)
+        if self._gathered.size > (limit := self._settings.gateway_max_reply):
+            raise UpstreamBadBody(f"{self._target.provider.name} answered with more than {limit} bytes")
 
     def _take(self, chunks: list[Chunk]) -> bytes:
         # Counted before it is sent: the provider bills what the client did not wait for.

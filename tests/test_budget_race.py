@@ -195,6 +195,18 @@ async def test_a_whole_answer_under_a_budget_is_the_answer_without_one(
     assert under["usage"]["total_tokens"] == without["usage"]["total_tokens"]
 
 
+async def test_a_whole_answer_under_a_budget_has_a_largest_size_too(
+    database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    async with deployed(database_url, redis_url, tmp_path, GATEWAY_MAX_REPLY="4096") as deployment:
+        key = await deployment.new_key(tokens_per_day=1_000_000)
+        url, headers = f"{deployment.gateways[0].base_url}/chat/completions", {"Authorization": f"Bearer {key.token}"}
+        async with deployment.client.post(
+            url, json=chat_body("openai/mock-gpt?tokens=400"), headers=headers
+        ) as response:
+            assert (response.status, (await response.json())["error"]["code"]) == (502, "upstream_error")
+
+
 async def test_whole_answers_with_a_large_maximum_lock_nobody_out(deployment: Deployment) -> None:
     key = await deployment.new_key(tokens_per_day=20_000)
     url, headers = f"{deployment.gateways[0].base_url}/chat/completions", {"Authorization": f"Bearer {key.token}"}

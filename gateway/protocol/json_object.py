@@ -104,3 +104,14 @@ def _value_spans(text: str) -> dict[str, tuple[int, int]]:
         if text[at] == ",":
             at = _space(text, at + 1).end()
     return spans
+
+
+def read_json(data: bytes | str) -> Any:
+    """The parsed JSON, or None. Half an emoji in a delta (a lone surrogate) is refused by orjson, not by us."""
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        try:
+            return json.loads(data if isinstance(data, str) else data.decode("utf-8"))
+        except (ValueError, RecursionError):
+            return None

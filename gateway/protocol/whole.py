@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from gateway.protocol.chat import ChatRequest
-from gateway.protocol.json_object import edit_object
+from gateway.protocol.json_object import edit_object, read_json
 from gateway.protocol.sse import SSEDecoder
 
 _OF_CHUNK = frozenset({"choices", "object", "usage", "obfuscation"})  # of a chunk, and not of the answer's head
@@ -35,12 +35,14 @@ class Whole:
         self._head: dict[str, Any] = {}
         self._choices: dict[int, dict[str, Any]] = {}
         self._usage: Any = None
+        self.size = 0  # bytes of the events that were taken
 
     def add(self, events: bytes) -> None:
+        self.size += len(events)
         for event in self._decoder.feed(events):
             data = (event.data or b"").strip()
             if data and data != b"[DONE]":
-                self._add_chunk(_loads(data))
+                self._add_chunk(read_json(data))
 
     def _add_chunk(self, chunk: Any) -> None:
         if not isinstance(chunk, dict):
@@ -115,10 +117,3 @@ def _join_list(known: list[Any], added: list[Any]) -> list[Any]:
         else:
             known.append(entry)
     return known
-
-
-def _loads(data: bytes) -> Any:
-    try:
-        return orjson.loads(data)
-    except orjson.JSONDecodeError:
-        return json.loads(data)  # the translator read it, so it is one of the two

@@ -98,12 +98,11 @@ class UsageCopy:
         return self._keep(row.request_id, records.begin(row))
 
     def ended(self, row: UsageRow) -> Awaitable[None]:
-        """As `begun`. Call it in the turn of the loop that calls the journal's `end`: in the next it may be shipped."""
-        return self._keep(row.request_id, records.end(row))
+        """As `begun`; a client that left waits for nothing.
 
-    def end(self, row: UsageRow) -> None:
-        """As `ended`, when nobody waits: the client has left."""
-        self._put(row.request_id, records.end(row), None)
+        Call it in the turn of the loop that calls the journal's `end`: in the next it may be shipped.
+        """
+        return self._keep(row.request_id, records.end(row))
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """They are in the database, or void: no row is due."""

@@ -98,7 +98,7 @@ async def test_redis_has_a_begin_when_begun_returns_then_its_end_and_nothing_whe
         assert await kinds(redis) == {one.request_id: "begin", other.request_id: "begin"}
         await copy.ended(replace(one, outcome="ok"))
         assert await kinds(redis) == {one.request_id: "end", other.request_id: "begin"}
-        copy.end(replace(third, outcome="client_abort"))
+        copy.ended(replace(third, outcome="client_abort"))
         copy.forget([one.request_id])
         await told(copy)
         assert await kinds(redis) == {other.request_id: "begin", third.request_id: "end"}
@@ -156,7 +156,7 @@ async def test_memory_is_bounded_here_and_in_redis(
 
 async def test_closing_leaves_what_is_not_shipped_and_nobody_is_taken_for_alive(redis_url: str, redis: Redis) -> None:
     async with copying(redis_url) as copy:
-        copy.end(row())
+        copy.ended(row())
     assert len(await kinds(redis)) == 1
     assert await redis.exists("aig:usage:test:alive:one") == 0
     assert await redis.smembers("aig:usage:test:processes") == {b"one"}
@@ -189,7 +189,7 @@ async def test_a_redis_that_stalls_costs_the_time_out_once_and_gets_what_it_miss
         copy.forget([shipped.request_id])
         assert not copy._due, "only what is not shipped takes room"
         for one in first[:10]:
-            copy.end(replace(one, outcome="ok"))
+            copy.ended(replace(one, outcome="ok"))
         proxy.resume()
         await until(lambda: not copy._lost.is_set())
         await told(copy)
@@ -233,7 +233,7 @@ async def test_a_gateway_that_starts_without_redis_serves_and_tells_it_later(red
         async with copying(url, loses_redis=True) as copy:
             await copy.begun(begun())
             await until(copy._lost.is_set)
-            copy.end(row())
+            copy.ended(row())
             await proxy.start()
             await until(lambda: not copy._lost.is_set())
             await told(copy)
@@ -308,7 +308,7 @@ async def leave(redis: Redis, process: str, lines: dict[str, bytes]) -> None:
 @pytest.mark.usefixtures("quick")
 async def test_a_process_is_dead_when_it_stopped_renewing_and_was_watched(redis_url: str, redis: Redis) -> None:
     async with copying(redis_url, "alive") as sibling, copying(redis_url) as copy:
-        sibling.end(row())
+        sibling.ended(row())
         await leave(redis, "dead", {"columns": records.heading(), "1": records.end(row())})
         await redis.set("aig:usage:test:alive:dead", "1", px=500)
         seen: list[Page] = []
@@ -455,7 +455,7 @@ async def test_what_is_shipped_is_forgotten_and_what_runs_is_not(
         await told(one.copy)
         assert list(await kinds(redis, f"aig:usage:test:{one.journal.folder.name}")) == [running.request_id]
         one.journal.end(replace(running, outcome="ok"))
-        one.copy.end(replace(running, outcome="ok"))
+        one.copy.ended(replace(running, outcome="ok"))
     assert len(await outcomes(pool)) == 21
     assert await redis.keys() == []
 

@@ -647,6 +647,7 @@ async def test_nobody_waits_for_a_slow_disk_longer_than_told_and_the_disk_goes_o
             await journal.synced(0.005)
     while not disk.syncs:
         await asyncio.sleep(0.001)
+    assert disk.syncs == 1 and journal._synced < journal._written
     disk.gate.set()
     async with asyncio.timeout(5):
         while disk.syncs < 2 or journal._synced < journal._written:

@@ -612,7 +612,11 @@ async def test_a_change_of_an_account_reaches_all_its_keys_in_every_process_and_
 
 
 async def test_an_account_without_a_key_has_nothing_to_announce(pool: asyncpg.Pool, redis: Redis, account: str) -> None:
-    await make_store(pool, time.monotonic, redis).announce_account(account)
+    async with redis.pubsub() as channel:
+        await channel.subscribe(keys_module.CHANNEL)
+        assert (await channel.get_message(timeout=5))["type"] == "subscribe"
+        await make_store(pool, time.monotonic, redis).announce_account(account)
+        assert await channel.get_message(timeout=0.2) is None
 
 
 async def test_a_change_that_was_missed_is_seen_when_the_channel_is_back(

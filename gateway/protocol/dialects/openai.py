@@ -12,8 +12,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import orjson
-
 from gateway.protocol.chat import Call, Chunk, Reply, UpstreamRequest
 from gateway.protocol.errors import (
     EventTooLarge,
@@ -22,7 +20,7 @@ from gateway.protocol.errors import (
     UpstreamError,
     UpstreamTruncated,
 )
-from gateway.protocol.json_object import edit_object
+from gateway.protocol.json_object import edit_object, read_json
 from gateway.protocol.refusals import refusal, reported
 from gateway.protocol.sse import DONE, Event, SSEDecoder, data_event, decode_event
 from gateway.protocol.usage import Usage
@@ -129,7 +127,7 @@ class OpenAITranslator:
         if data == _LAST_WORD:
             self._done = True
             return Chunk(_sendable(event))
-        parsed = _loads(data)
+        parsed = read_json(data)
         if (error := _error_in(parsed)) is not None:
             return self._fail(self._reported(error), parsed)
         if not isinstance(parsed, dict):
@@ -161,7 +159,7 @@ class OpenAITranslator:
         """
         raw = self._decoder.rest() + b"\n\n"
         event = decode_event(raw)
-        whole = event.stray or (event.data and (event.data.strip() == _LAST_WORD or _loads(event.data) is not None))
+        whole = event.stray or (event.data and (event.data.strip() == _LAST_WORD or read_json(event.data) is not None))
         chunk = self._take(event) if whole and not self._done else None
         return [chunk] if chunk is not None else []
 
@@ -187,7 +185,7 @@ class OpenAITranslator:
 
     def reply(self, body: bytes) -> Reply:
         body = body.removeprefix(_BOM)
-        parsed = _loads(body)
+        parsed = read_json(body)
         if (error := _error_in(parsed)) is not None:
             raise self._reported(error)
         if not isinstance(parsed, dict) or not isinstance(parsed.get("choices"), list):
@@ -199,7 +197,7 @@ class OpenAITranslator:
     # --- errors ---
 
     def error(self, status: int, body: bytes, retry_after: float | None = None) -> GatewayError:
-        return refusal(status, _loads(body), self._call.target, retry_after)
+        return refusal(status, read_json(body), self._call.target, retry_after)
 
 
 def model_names(parsed: Any) -> Sequence[str]:
@@ -212,19 +210,8 @@ def model_names(parsed: Any) -> Sequence[str]:
 # --- reading what the provider sent -------------------------------------------------------------------------------
 
 
-def _loads(data: bytes) -> Any:
-    """The parsed JSON, or None. Half an emoji in a delta (a lone surrogate) is refused by orjson, not by us."""
-    try:
-        return orjson.loads(data)
-    except orjson.JSONDecodeError:
-        try:
-            return json.loads(data.decode("utf-8"))
-        except (ValueError, RecursionError):
-            return None
-
-
 def _loads_or_text(data: bytes) -> Any:
-    parsed = _loads(data)
+    parsed = read_json(data)
     return data.decode("utf-8", "replace") if parsed is None else parsed
 
 

@@ -6,21 +6,14 @@ from typing import Any
 import orjson
 
 from gateway.protocol.errors import UpstreamBadBody
+from gateway.protocol.json_object import read_json
 
 Json = dict[str, Any]
 
 
 def json_object(data: bytes | str | None) -> Json | None:
-    """The object in `data`; None when it holds none. orjson refuses lone surrogates, which models do write."""
-    if data is None:
-        return None
-    try:
-        parsed = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        try:
-            parsed = json.loads(data)
-        except (ValueError, RecursionError):
-            return None
+    """The object in `data`; None when it holds none."""
+    parsed = None if data is None else read_json(data)
     return parsed if isinstance(parsed, dict) else None
 
 
