@@ -26,7 +26,15 @@ Count = Annotated[int, Meta(ge=0)]
 Dollars = Annotated[float, Meta(ge=0, le=1e9)]
 
 SECRETS = frozenset(
-    {"database_url", "redis_url", "openai_api_key", "anthropic_api_key", "gateway_key_pepper", "gateway_audit_key"}
+    {
+        "database_url",
+        "redis_url",
+        "openai_api_key",
+        "anthropic_api_key",
+        "gateway_proxy",
+        "gateway_key_pepper",
+        "gateway_audit_key",
+    }
 )
 # What `make up` writes for scripts; sourcing that file must not stop a later start.
 _SCRIPTS = frozenset({"GATEWAY_BASE_URL", "GATEWAY_API_KEY"})
@@ -74,6 +82,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         bool, _doc("a caller whose key is in `X-API-Key` may bring a provider credential in `Authorization`")
     ] = True
 
+    gateway_proxy: Annotated[
+        str, _doc("`http://user:password@host:port`, through which https providers are reached; empty: directly")
+    ] = ""
     gateway_connect_timeout: Annotated[Seconds, _doc("seconds to connect to a provider")] = 60.0
     gateway_first_byte_timeout: Annotated[Seconds, _doc("seconds until a stream's response headers")] = 60.0
     gateway_idle_timeout: Annotated[Seconds, _doc("seconds of silence that end a stream")] = 60.0
@@ -163,6 +174,7 @@ def _checked(values: Mapping[str, object]) -> Settings:
         raise SettingsError("GATEWAY_DRAIN_DELAY: it is a part of GATEWAY_DRAIN_TIMEOUT, and cannot be longer")
     _check_postgres("DATABASE_URL", settings.database_url)
     _check_redis("REDIS_URL", settings.redis_url)
+    _check_proxy("GATEWAY_PROXY", settings.gateway_proxy)
     for field in ("openai_base_url", "anthropic_base_url", "ollama_base_url", "gateway_ollama_probe"):
         if url := getattr(settings, field):
             _check_provider(field.upper(), url)
@@ -218,6 +230,18 @@ def _check_redis(name: str, url: str) -> None:
         database = parts.path.strip("/")
         if database and not (database.isascii() and database.isdecimal()):
             raise SettingsError(f"{name}: the path of a Redis address is the number of a database")
+
+
+def _check_proxy(name: str, url: str) -> None:
+    if not url:
+        return
+    parts = _split(name, url)
+    # What is printable ASCII can stand in a header, and a password with anything else in it can be written with `%`.
+    if parts.scheme != "http" or not parts.hostname or not (url.isascii() and url.isprintable()) or " " in url:
+        raise SettingsError(f"{name}: an address as http://user:password@host:3128 is required")
+    if parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise SettingsError(f"{name}: nothing follows the host and port of a proxy")
+    _check_port(name, parts)
 
 
 def _check_provider(name: str, url: str) -> None:

@@ -1,191 +1,65 @@
-"""The only file that talks to providers: sends a request, hands back the answer, maps what went wrong, closes.
+"""The only file that sends to providers: builds a request, hands back the answer, says what went wrong.
 
-Rule 1: nothing of aiohttp's client leaves this file; what goes wrong leaves it as an UpstreamError.
+Rule 1: what goes wrong with a connection leaves this file as an UpstreamError.
 Rule 2: a redirect is never followed: the prompt and the credential would go with it.
 Rule 3: headers are built here from an allow-list; nothing that a client sent reaches a provider by itself.
 """
 
 import asyncio
-import ssl
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from email.utils import parsedate_to_datetime
-from math import isfinite
-from time import time
-from typing import Any
-
-import aiohttp
-from yarl import URL
+from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
+from urllib.parse import quote, urlsplit
 
 from gateway import __version__
+from gateway.answer import Answer, Broken, Sink
+from gateway.http1 import Connection
+from gateway.pool import Origin, Pool, Unreachable, parse_proxy
 from gateway.protocol.chat import UpstreamRequest
-from gateway.protocol.errors import (
-    GatewayError,
-    UpstreamBadBody,
-    UpstreamError,
-    UpstreamTimeout,
-    UpstreamTruncated,
-    UpstreamUnreachable,
-)
+from gateway.protocol.errors import UpstreamError, UpstreamTimeout, UpstreamUnreachable
 from gateway.protocol.routing import Provider, Target
 from gateway.settings import Settings
 
+__all__ = ["MAX_ERROR_BODY", "Answer", "Sink", "Upstream"]
+
 MAX_ERROR_BODY = 1 << 20  # bytes of an error answer that are read
+MAX_DOCUMENT = 8 << 20  # bytes of a list of models
 _PASSED_ON = ("traceparent", "tracestate")  # https://www.w3.org/TR/trace-context/
-
-
-class Answer:
-    """A provider's answer whose headers are in. Ended by whoever opened it: `finish` or `close`, once."""
-
-    def __init__(self, response: aiohttp.ClientResponse, provider: str, drain: "_Drain") -> None:
-        self._response = response
-        self._provider = provider
-        self._drain = drain
-        self.status = response.status
-        self.content_type = response.content_type
-
-    @property
-    def retry_after(self) -> float | None:
-        """Seconds, from `retry-after-ms` or `Retry-After` (seconds or a date, RFC 9110 10.2.3)."""
-        return _retry_after(self._response.headers)
-
-    @property
-    def request_id(self) -> str:
-        """The provider's own id of the request, for its support; empty when it gave none."""
-        headers = self._response.headers
-        found = headers.get("x-request-id") or headers.get("request-id") or ""
-        return found if found.isprintable() and found.isascii() and len(found) <= 128 else ""
-
-    async def read(self) -> bytes:
-        """The next bytes as they come, at once; b"" at the end. Raises UpstreamError."""
-        with _map_read_errors(self._provider):
-            return await self._response.content.readany()
-
-    async def body(self, limit: int) -> bytes:
-        """All of it. Raises UpstreamError, also when it is longer than `limit` bytes."""
-        parts, size = [], 0
-        while data := await self.read():
-            size += len(data)
-            if size > limit:
-                raise UpstreamBadBody(f"{self._provider} answered with more than {limit} bytes")
-            parts.append(data)
-        return b"".join(parts)
-
-    @property
-    def broken(self) -> bool:
-        """The connection is gone before the end. aiohttp does not tell a reader that waits of every fault it found."""
-        connection = self._response.connection
-        if self._response.content.is_eof():
-            return False
-        return connection is None or connection.transport is None or connection.transport.is_closing()
-
-    def interrupt(self, error: GatewayError) -> None:
-        """Let the read that is waiting, or the next one, raise `error`."""
-        self._response.content.set_exception(error)
-
-    def finish(self) -> None:
-        """The last word was read: keep the connection for the next request, as soon as the body is at its end."""
-        if self._response.content.at_eof():
-            self._response.release()
-        else:
-            self._drain.start(self._response)
-
-    def close(self) -> None:
-        """Cut the connection: the provider stops generating."""
-        self._response.close()
-
-
-class _Drain:
-    """Reads what is between a stream's last word and the end of its body, so that the connection can be reused."""
-
-    LIMIT = 0.1  # seconds; a provider that keeps the body open longer loses the connection
-
-    def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def start(self, response: aiohttp.ClientResponse) -> None:
-        task = asyncio.create_task(self._run(response))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _run(self, response: aiohttp.ClientResponse) -> None:
-        try:
-            async with asyncio.timeout(self.LIMIT):
-                while await response.content.readany():
-                    pass
-        except (TimeoutError, aiohttp.ClientError, OSError, RuntimeError):
-            pass
-        finally:
-            if response.content.at_eof():
-                response.release()
-            else:
-                response.close()
-
-    async def close(self) -> None:
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+# Whatever an operator's file says: with these the head and its connection have to agree (RFC 9112 6 and 9.3).
+_FRAMING = ("content-length", "transfer-encoding", "connection")
 
 
 class Upstream:
-    """The pool of connections to all providers. Opened and closed by app.py."""
+    """Opened and closed by app.py."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._urls: dict[str, URL] = {}
-        self._drain = _Drain()
-        # Our own limits bound the streams; aiohttp's 100 connections would queue them in silence.
-        self._pooled = self._session(aiohttp.TCPConnector(limit=0, ttl_dns_cache=60, keepalive_timeout=30))
-        self._fresh = self._session(aiohttp.TCPConnector(limit=0, ttl_dns_cache=60, force_close=True))
-
-    def _session(self, connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
-        trace = aiohttp.TraceConfig()
-        trace.on_connection_create_end.append(_note_connected)
-        trace.on_connection_reuseconn.append(_note_reused)
-        return aiohttp.ClientSession(
-            connector=connector,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._settings.gateway_connect_timeout),
-            headers={"User-Agent": f"ai-gateway/{__version__}"},
-            trust_env=False,
-            trace_configs=[trace],
-        )
+        self._pool = Pool(settings.gateway_connect_timeout, parse_proxy(settings.gateway_proxy))
 
     async def close(self) -> None:
-        await self._drain.close()
-        await self._pooled.close()
-        await self._fresh.close()
+        await self._pool.close()
 
     async def post(
         self, target: Target, request: UpstreamRequest, headers: Mapping[str, str], on_connected: Callable[[], None]
     ) -> Answer:
-        """Send one request; the answer once its headers are in. Raises UpstreamError.
+        """Send one request; the answer once its head is in. Raises UpstreamError; a cancellation leaves nothing open.
 
         `headers` is what the client sent: what may pass is picked here. `on_connected` is called when there is a
         connection, just before anything is sent on it.
         """
-        provider = target.provider
-        sent = {
-            "Content-Type": "application/json",
-            # A compressed stream would be held back by the compressor.
-            "Accept-Encoding": "identity",
-            **provider.headers,
-            **request.headers,
-            **_credential(provider, target.credential),
-            **{name: headers[name] for name in _PASSED_ON if name in headers},
-        }
-        return await self._send("POST", provider, request.path, sent, request.body, on_connected)
+        own = {**request.headers, "Content-Length": str(len(request.body))}
+        _pass_on(headers, own)
+        origin, head = _head("POST", target, request.path, own)
+        return await self._send(target.provider.name, origin, head, request.body, on_connected)
 
     async def get(self, provider: Provider, path: str, timeout: float) -> bytes:
         """A small document of the provider's, such as its list of models. Raises UpstreamError."""
-        headers = {**provider.headers, **_credential(provider, provider.api_key)}
+        origin, head = _head("GET", Target(provider, "", provider.api_key), path, {})
         try:
             async with asyncio.timeout(timeout):
-                answer = await self._send("GET", provider, path, headers)
+                answer = await self._send(provider.name, origin, head)
                 try:
                     if answer.status != 200:
                         raise UpstreamError(f"{provider.name} answered {answer.status}")
-                    return await answer.body(8 << 20)
+                    return await answer.body(MAX_DOCUMENT)
                 finally:
                     answer.finish()
         except TimeoutError:
@@ -193,108 +67,130 @@ class Upstream:
 
     async def _send(
         self,
-        method: str,
-        provider: Provider,
-        path: str,
-        headers: Mapping[str, str],
-        body: bytes | None = None,
+        name: str,
+        origin: Origin,
+        head: bytes,
+        body: bytes = b"",
         on_connected: Callable[[], None] = lambda: None,
     ) -> Answer:
-        url, progress = self._url(provider.base_url + path), _Progress(on_connected)
-        send: dict[str, Any] = {
-            "data": body,
-            "headers": headers,
-            "allow_redirects": False,
-            "trace_request_ctx": progress,
-        }
-        with _map_open_errors(provider.name):
+        """`name` is the provider's."""
+        try:
+            answer = await self._exchange(name, origin, head, body, on_connected)
+        except Unreachable as error:
+            failure = UpstreamTimeout if error.kind == "timeout_connect" else UpstreamUnreachable
+            raise failure(error.words.format(name), kind=error.kind) from None
+        except Broken as broken:
+            if broken.fault == "protocol":
+                raise UpstreamUnreachable(f"{name} did not answer in HTTP", kind="protocol") from None
+            raise UpstreamUnreachable(f"{name} closed the connection before it answered", kind="reset") from None
+        if 300 <= answer.status < 400:
+            answer.close()
+            raise UpstreamError(f"{name} answered with a redirect, which is not followed", kind="redirect")
+        return answer
+
+    async def _exchange(
+        self, name: str, origin: Origin, head: bytes, body: bytes, on_connected: Callable[[], None]
+    ) -> Answer:
+        connection = self._pool.take(origin)
+        if connection is not None:
             try:
-                response = await self._pooled.request(method, url, **send)
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-                # A pooled connection that the provider closed under us: no byte of an answer came, so it is tried
-                # once more on a fresh one. aiohttp does so by itself for idempotent methods alone.
-                if not progress.reused:
+                return await _ask(Answer(connection, name), connection, head, body, on_connected)
+            except Broken as broken:
+                # The provider closed it while nobody used it, and has not read the request: it is sent once more.
+                if broken.fault != "unanswered":
                     raise
-                response = await self._fresh.request(method, url, **send)
-        if 300 <= response.status < 400:
-            response.close()
-            raise UpstreamError(f"{provider.name} answered with a redirect, which is not followed", kind="redirect")
-        return Answer(response, provider.name, self._drain)
-
-    def _url(self, address: str) -> URL:
-        url = self._urls.get(address)
-        if url is None:
-            url = self._urls[address] = URL(address, encoded=True)
-        return url
+        connection = await self._pool.connect(origin)
+        return await _ask(Answer(connection, name), connection, head, body, on_connected)
 
 
-class _Progress:
-    """How far a request came."""
-
-    def __init__(self, on_connected: Callable[[], None]) -> None:
-        self.on_connected = on_connected
-        self.reused = False  # a pooled connection carries it
-
-
-async def _note_connected(session: Any, context: Any, params: Any) -> None:
-    context.trace_request_ctx.on_connected()
-
-
-async def _note_reused(session: Any, context: Any, params: Any) -> None:
-    context.trace_request_ctx.reused = True
-    context.trace_request_ctx.on_connected()
+async def _ask(
+    answer: Answer, connection: Connection, head: bytes, body: bytes, on_connected: Callable[[], None]
+) -> Answer:
+    try:
+        on_connected()
+        connection.send(head, body, answer)
+        await answer.head()
+    except BaseException:
+        answer.close()
+        raise
+    return answer
 
 
-def _credential(provider: Provider, credential: str | None) -> dict[str, str]:
+# --- heads --------------------------------------------------------------------------------------------------------
+
+
+def _pass_on(headers: Mapping[str, str], own: dict[str, str]) -> None:
+    """What cannot be sent is left out: a wrong trace is no reason to refuse a request."""
+    for name in _PASSED_ON:
+        value = headers.get(name)
+        if value is not None and value.isascii() and value.isprintable():
+            own[name] = value
+
+
+def _head(method: str, target: Target, path: str, own: dict[str, str]) -> tuple[Origin, bytes]:
+    """Where a request goes, and its head; `own` are the headers that it does not share with others."""
+    provider = target.provider
+    if target.own_credential:
+        own.update(_credential(provider.auth, target.credential))
+    shared = None if target.own_credential else target.credential
+    try:
+        origin, fixed = _fixed(
+            method, provider.base_url + path, tuple(provider.headers.items()), provider.auth, shared, tuple(own)
+        )
+        return origin, b"%b%b\r\n" % (fixed, _lines(own.items()))
+    except ValueError:
+        raise UpstreamUnreachable(f"a header for {provider.name} cannot be sent", kind="protocol") from None
+
+
+def _credential(auth: str, credential: str | None) -> dict[str, str]:
     if credential is None:
         return {}
-    if provider.auth == "bearer":
+    if auth == "bearer":
         return {"Authorization": f"Bearer {credential}"}
-    return {provider.auth: credential}
+    return {auth: credential}
 
 
-@contextmanager
-def _map_open_errors(provider: str) -> Iterator[None]:
-    try:
-        yield
-    except aiohttp.ClientConnectorDNSError:
-        raise UpstreamUnreachable(f"the address of {provider} cannot be resolved", kind="dns") from None
-    except (aiohttp.ClientSSLError, ssl.SSLError):
-        raise UpstreamUnreachable(f"TLS with {provider} failed", kind="tls") from None
-    except aiohttp.ServerTimeoutError:
-        raise UpstreamTimeout(f"{provider} could not be connected to in time", kind="timeout_connect") from None
-    except aiohttp.ClientConnectorError:
-        raise UpstreamUnreachable(f"{provider} cannot be reached", kind="connect") from None
-    except aiohttp.ClientConnectionError:
-        raise UpstreamUnreachable(f"{provider} closed the connection before it answered", kind="reset") from None
-    except (aiohttp.ClientError, ValueError):
-        raise UpstreamUnreachable(f"{provider} did not answer in HTTP", kind="protocol") from None
+@lru_cache(maxsize=256)
+def _fixed(
+    method: str,
+    url: str,
+    headers: tuple[tuple[str, str], ...],
+    auth: str,
+    credential: str | None,
+    replaced: tuple[str, ...],
+) -> tuple[Origin, bytes]:
+    """Where requests go, and the part of their heads that is always the same. Raises ValueError.
+
+    `headers` are the provider's and `credential` the operator's: a caller's own never comes here, because this is kept.
+    `replaced` are the names of what a request has itself.
+    """
+    parts = urlsplit(url)
+    host, secure = parts.hostname or "", parts.scheme == "https"
+    host = host if host.isascii() else host.encode("idna").decode()
+    usual = 443 if secure else 80
+    origin = Origin(secure, host, parts.port or usual)
+    # RFC 9110 7.2: without the port when it is the scheme's own
+    authority = f"[{host}]" if ":" in host else host
+    authority += f":{origin.port}" if origin.port != usual else ""
+    given = {
+        "Host": authority,
+        "User-Agent": f"ai-gateway/{__version__}",
+        "Accept": "*/*",
+        # A compressed stream would be held back by the compressor.
+        "Accept-Encoding": "identity",
+        **({"Content-Type": "application/json"} if method == "POST" else {}),
+    }
+    every = [*given.items(), *headers, *_credential(auth, credential).items()]
+    lines = {name.lower(): (name, value) for name, value in every}
+    for name in (*_FRAMING, *map(str.lower, replaced)):
+        lines.pop(name, None)
+    place = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (f"?{parts.query}" if parts.query else "")
+    return origin, f"{method} {place} HTTP/1.1\r\n".encode("ascii") + _lines(lines.values())
 
 
-@contextmanager
-def _map_read_errors(provider: str) -> Iterator[None]:
-    try:
-        yield
-    except aiohttp.ClientPayloadError as error:
-        if isinstance(error.__cause__, ConnectionError):
-            raise UpstreamTruncated(f"{provider} reset the connection", kind="reset") from None
-        raise UpstreamTruncated(f"{provider} ended its answer in the middle") from None
-    except (aiohttp.ClientError, OSError, RuntimeError):  # the last: aiohttp's word for a reader without a connection
-        raise UpstreamTruncated(f"{provider} reset the connection", kind="reset") from None
-
-
-MAX_RETRY_AFTER = 86_400.0  # seconds; what is longer is a slip of the provider's
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    milliseconds, seconds = headers.get("retry-after-ms", ""), headers.get("retry-after", "").strip()
-    for text, read in (
-        (milliseconds, lambda text: float(text) / 1000),
-        (seconds, float),
-        (seconds, lambda text: parsedate_to_datetime(text).timestamp() - time()),
-    ):
-        with suppress(ValueError, OverflowError, TypeError):
-            value = read(text)
-            if isfinite(value):
-                return min(max(0.0, value), MAX_RETRY_AFTER)
-    return None
+def _lines(headers: Collection[tuple[str, str]]) -> bytes:
+    """Raises ValueError for what would end its line, or is not in Latin-1 (RFC 9110 5.5)."""
+    text = "".join([f"{name}: {value}\r\n" for name, value in headers])
+    if not text.count("\r") == text.count("\n") == len(headers) or "\0" in text:
+        raise ValueError("a line break or NUL in a header")
+    return text.encode("latin-1")

@@ -108,6 +108,14 @@ def test_a_wrong_setting_is_named_in_one_line(name: str, value: str) -> None:
         ("ANTHROPIC_BASE_URL", "http://h:hunter22"),
         ("OLLAMA_BASE_URL", "http://:hunter22@h"),
         ("GATEWAY_OLLAMA_PROBE", "localhost:11434"),
+        ("GATEWAY_PROXY", "hunter22:3128"),
+        ("GATEWAY_PROXY", "https://u:hunter22@h"),
+        ("GATEWAY_PROXY", "http://u:hunter22@"),
+        ("GATEWAY_PROXY", "http://u:hunter@22@h"),
+        ("GATEWAY_PROXY", "http://u:hunter/22@h"),
+        ("GATEWAY_PROXY", "http://u:hunter 22@h"),
+        ("GATEWAY_PROXY", "http://u:pw@h:hunter22"),
+        ("GATEWAY_PROXY", "http://u:pw@h/hunter22"),
     ],
 )
 def test_an_address_that_cannot_be_one_is_named_and_not_repeated(name: str, value: str) -> None:
@@ -128,6 +136,8 @@ def test_an_address_that_cannot_be_one_is_named_and_not_repeated(name: str, valu
         ("REDIS_URL", "rediss://[::1]:6379"),
         ("REDIS_URL", "unix:///tmp/valkey.sock?db=3"),
         ("OPENAI_BASE_URL", "http://[::1]:8100/v1"),
+        ("GATEWAY_PROXY", "http://u:p%40w@proxy.example.org:3128"),
+        ("GATEWAY_PROXY", "http://[::1]:3128/"),
     ],
 )
 def test_addresses_of_every_usual_form_are_taken(name: str, value: str) -> None:
@@ -146,6 +156,7 @@ def test_what_the_command_line_changes_is_checked_like_the_environment() -> None
 def test_the_repr_shows_settings_and_no_secret() -> None:
     secrets = {name.upper(): "hunter22" for name in SECRETS}
     secrets |= {"DATABASE_URL": "postgresql://u:hunter22@h/x", "REDIS_URL": "redis://:hunter22@h"}
+    secrets["GATEWAY_PROXY"] = "http://u:hunter22@h:3128"
     shown = repr(load_settings({**secrets, "PORT": "8080"}))
     assert "hunter22" not in shown
     assert "port=8080" in shown
