@@ -5,6 +5,8 @@ an exception follows on lines of its own, indented.)
 Rule 2: no prompt and no key. An exception's text may quote what was being read, so production logs its type and where
 it was raised; text in the shape of a credential is masked, whoever logs it.
 Rule 3: logging never raises, and a record that cannot be rendered still leaves a line.
+Rule 4: logging never waits for who reads it (gateway/lines.py); warnings and errors are on their way at once, and all
+lines are written before the process ends, by whatever but a kill -9.
 """
 
 import json
@@ -13,16 +15,21 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
-from time import monotonic
+from functools import lru_cache
+from time import monotonic, time
 from traceback import walk_tb
+from types import TracebackType
 from typing import Any, TextIO
 
 import orjson
 
 from gateway.exchange import Exchange
+from gateway.lines import LineWriter
 from gateway.protocol.usage import Usage
 
 Render = Callable[[logging.LogRecord], str]
+
+_access = logging.getLogger("gateway.access")
 
 MAX_CAUSES = 5  # exceptions of one chain that are logged
 
@@ -48,6 +55,7 @@ _CREDENTIALS = {
         for mark in ("pi-key", "pi-Key", "PI-Key", "PI-KEY")
     },
 }
+_MARKED = re.compile("|".join(map(re.escape, _CREDENTIALS)))
 _COLOURS = {"debug": "\x1b[2m", "info": "\x1b[32m", "warning": "\x1b[33m", "error": "\x1b[31m", "critical": "\x1b[31m"}
 _PLAIN = "\x1b[0m"
 
@@ -61,63 +69,138 @@ def setup(level: str, environment: str) -> None:
         # Ours of an earlier call, and the one that a stray `logging.info()` puts there: it would double every line.
         if isinstance(handler, LineHandler) or type(handler) is logging.StreamHandler:
             root.removeHandler(handler)
+        if isinstance(handler, LineHandler):
+            handler.flush()
+            handler.close()
     root.addHandler(LineHandler(stream, render))
     root.setLevel(level.upper())
     logging.captureWarnings(True)
+    sys.excepthook = _lines_first
     logging.getLogger("aiohttp.access").disabled = True  # the line of an exchange says all that it says, and more
     # Nobody reads these, and every record pays for them: https://docs.python.org/3/howto/logging.html#optimization
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
-def exchange_fields(exchange: Exchange, usage: Usage | None, source: str) -> dict[str, Any]:
-    """What the log line of a request says, in this order. `source` says who counted; without usage nobody did."""
-    principal, target, chat = exchange.principal, exchange.target, exchange.chat
-    client = {"client_request_id": exchange.client_request_id} if exchange.client_request_id else {}
-    return {
-        "request_id": exchange.id,
-        **client,
-        "model": exchange.model or None,
-        "provider": target.provider.name if target else None,
-        "status": exchange.status,
-        "latency_ms": _milliseconds((exchange.ended or monotonic()) - exchange.started),
-        "ttft_ms": _milliseconds(exchange.first_byte - exchange.started) if exchange.first_byte else None,
-        "prompt_tokens": usage.prompt_tokens if usage else None,
-        "completion_tokens": usage.completion_tokens if usage else None,
-        "total_tokens": usage.total_tokens if usage else None,
-        "usage_source": source or None,
-        "cost_micros": exchange.cost_micros,
-        "key": principal.key_prefix if principal else None,
-        "user_id": exchange.user_id or None,
-        "app_id": exchange.app_id or None,
-        "outcome": exchange.outcome or None,
-        "error_code": exchange.error_code or None,
-        "stream": chat.stream if chat else None,
-    }
-
-
-def _milliseconds(seconds: float) -> int:
-    return max(0, round(seconds * 1000))
-
-
 class LineHandler(logging.Handler):
-    """Writes each record as `render` puts it, at once: a line that waits in a buffer is lost with the process."""
+    """Writes each record as `render` puts it."""
 
     def __init__(self, stream: TextIO, render: Render) -> None:
         super().__init__()
-        self._stream = stream
         self._render = render
+        self._writer = LineWriter(stream, self._dropped)
+
+    @property
+    def writes_json(self) -> bool:
+        return self._render is json_line
 
     def emit(self, record: logging.LogRecord) -> None:
+        self._writer.add(self._line(record), hurry=record.levelno >= logging.WARNING)
+
+    def write(self, line: str) -> None:
+        """One that is rendered already, and no warning."""
+        self.acquire()
         try:
-            line = self._render(record)
+            self._writer.add(line)
+        finally:
+            self.release()
+
+    def _line(self, record: logging.LogRecord) -> str:
+        try:
+            return self._render(record)
         except Exception as error:
             # Whatever an argument's __str__ raises must not reach the caller, and there is no one else to tell it.
-            line = f"a log record of {record.name} cannot be rendered: {type(error).__name__}, line {record.lineno}"
-        try:
-            self._stream.write(line + "\n")
-            self._stream.flush()
-        except (OSError, ValueError):
-            pass  # stderr is closed
+            return f"a log record of {record.name} cannot be rendered: {type(error).__name__}, line {record.lineno}"
+
+    def _dropped(self, count: int) -> str:
+        words = "%d log lines were dropped: nobody read them"
+        return self._line(logging.LogRecord(__name__, logging.WARNING, __file__, 0, words, (count,), None))
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+        super().close()
+
+
+def _lines_first(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """A crash's traceback comes after the lines that led to it."""
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    sys.__excepthook__(kind, error, traceback)
+
+
+# --- the line of an exchange --------------------------------------------------------------------------------------
+
+
+def log_exchange(method: str, path: str, exchange: Exchange, usage: Usage | None, source: str) -> None:
+    """The line of a request that is over. `path` is a route's, not the client's.
+
+    It is the line that `logging` would write of these fields, without a record that nobody else looks at: every
+    request pays for it.
+    """
+    handlers = logging.getLogger().handlers
+    handler = handlers[0] if len(handlers) == 1 else None
+    if isinstance(handler, LineHandler) and handler.writes_json and _access.isEnabledFor(logging.INFO):
+        handler.write(_exchange_line(method, path, exchange, usage, source))
+        return
+    fields = {"method": method, "path": path, **exchange_fields(exchange, usage, source)}
+    _access.info("%s %s %s", method, path, exchange.status or "-", extra={"fields": fields})
+
+
+def _exchange_line(method: str, path: str, exchange: Exchange, usage: Usage | None, source: str) -> str:
+    message = f"{method} {path} {exchange.status or '-'}"
+    fields: dict[str, Any] = {"timestamp": _timestamp(time()), "level": "info", "message": message}
+    fields["method"], fields["path"] = method, path
+    _add_fields(fields, exchange, usage, source)
+    line = _json(fields)
+    # All in it that is not ours to choose.
+    said = (
+        f"{message} {exchange.client_request_id} {exchange.model} {exchange.user_id} {exchange.app_id}"
+        f" {exchange.error_code} {fields['provider']}"
+    )
+    return line if _harmless(said) else _safe(line)
+
+
+@lru_cache(1024)  # most requests say what the one before said
+def _harmless(said: str) -> bool:
+    """`_safe` would leave it as it is."""
+    return said.isprintable() and not _MARKED.search(said)
+
+
+def exchange_fields(exchange: Exchange, usage: Usage | None, source: str) -> dict[str, Any]:
+    """What the log line of a request says, in this order. `source` says who counted; without usage nobody did."""
+    fields: dict[str, Any] = {}
+    _add_fields(fields, exchange, usage, source)
+    return fields
+
+
+def _add_fields(fields: dict[str, Any], exchange: Exchange, usage: Usage | None, source: str) -> None:
+    principal, target, chat = exchange.principal, exchange.target, exchange.chat
+    started, first_byte = exchange.started, exchange.first_byte
+    fields["request_id"] = exchange.id
+    if exchange.client_request_id:
+        fields["client_request_id"] = exchange.client_request_id
+    fields["model"] = exchange.model or None
+    fields["provider"] = target.provider.name if target else None
+    fields["status"] = exchange.status
+    fields["latency_ms"] = _milliseconds((exchange.ended or monotonic()) - started)
+    fields["ttft_ms"] = _milliseconds(first_byte - started) if first_byte else None
+    fields["prompt_tokens"] = usage.prompt_tokens if usage else None
+    fields["completion_tokens"] = usage.completion_tokens if usage else None
+    fields["total_tokens"] = usage.total_tokens if usage else None
+    fields["usage_source"] = source or None
+    fields["cost_micros"] = exchange.cost_micros
+    fields["key"] = principal.key_prefix if principal else None
+    fields["user_id"] = exchange.user_id or None
+    fields["app_id"] = exchange.app_id or None
+    fields["outcome"] = exchange.outcome or None
+    fields["error_code"] = exchange.error_code or None
+    fields["stream"] = chat.stream if chat else None
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000) if seconds > 0 else 0
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------------
@@ -125,7 +208,7 @@ class LineHandler(logging.Handler):
 
 def json_line(record: logging.LogRecord) -> str:
     parts: dict[str, Any] = {
-        "timestamp": _timestamp(record),
+        "timestamp": _timestamp(record.created),
         "level": record.levelname.lower(),
         "message": _message(record),
     }
@@ -144,9 +227,15 @@ def _json(value: Any) -> str:
         return json.dumps(value, default=str, skipkeys=True)
 
 
-def _timestamp(record: logging.LogRecord) -> str:
-    """RFC 3339, UTC, milliseconds."""
-    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def _timestamp(at: float) -> str:
+    """RFC 3339, UTC, milliseconds; `at` in seconds since the epoch."""
+    microseconds = round(at * 1e6)
+    return f"{_second(microseconds // 10**6)}.{microseconds // 1000 % 1000:03d}Z"
+
+
+@lru_cache(1)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 # --- for people ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 
@@ -70,6 +71,7 @@ class Metrics:
     def __init__(self, *, providers: Iterable[str] = ()) -> None:
         self.known_models: set[str] = set()
         self._providers = tuple(providers)
+        self._ended: dict[tuple[str, str], _Ended] = {}  # by model and provider
         self._registry = Registry()
         self._declare_traffic()
         self._declare_faults()
@@ -213,41 +215,40 @@ class Metrics:
         `usage` and `source` are the meter's result, None when no provider was called. Upstream errors, refusals and
         failed keys are not in the record: who raises them counts them.
         """
-        model = self.model_label(exchange.model)
         provider = exchange.target.provider.name if exchange.target is not None else NONE
-        self.requests.labels(model, provider, _status_label(exchange.status)).inc()
-        self._count_times(exchange, provider)
-        if exchange.outcome == "client_abort":
-            self.client_aborts.labels("stream" if exchange.first_byte else "ttft").inc()
-        if exchange.outcome == "budget_exhausted":
-            self.budget_cuts.inc()
-        if usage is not None:
-            self.usage_sources.labels(source).inc()
-            if exchange.cost_micros is None:
-                self.unpriced.labels(provider).inc()
-            else:
-                self.cost_micros.labels(model, provider).inc(exchange.cost_micros)
-            self._count_tokens(model, provider, usage, counted_live)
-
-    def _count_times(self, exchange: Exchange, provider: str) -> None:
+        pair = self.model_label(exchange.model), provider
+        series = self._ended.get(pair) or self._bind(*pair)
+        series.request(exchange.status).inc()
         seconds = (exchange.ended or time.monotonic()) - exchange.started
-        self.request_duration_ms.labels(provider).observe(seconds * 1000)
+        series.duration_ms.observe(seconds * 1000)
         if exchange.upstream_ms:
             self.overhead_seconds.observe(max(0.0, seconds - exchange.upstream_ms / 1000))
         if exchange.first_byte and exchange.chat is not None and exchange.chat.stream:
-            self.time_to_first_token_seconds.labels(provider).observe(exchange.first_byte - exchange.started)
+            series.first_token_seconds.observe(exchange.first_byte - exchange.started)
+        if exchange.outcome == "client_abort":
+            self.client_aborts.labels("stream" if exchange.first_byte else "ttft").inc()
+        elif exchange.outcome == "budget_exhausted":
+            self.budget_cuts.inc()
+        if usage is not None:
+            self._count_usage(series, exchange, usage, source, counted_live)
 
-    def _count_tokens(self, model: str, provider: str, usage: Usage, counted_live: int) -> None:
-        counts = (
-            usage.prompt_tokens or 0,
-            # A live count above the provider's stays: a counter never goes down.
-            max(0, (usage.completion_tokens or 0) - counted_live),
-            usage.cached_tokens,
-            usage.cache_write_tokens,
-            usage.reasoning_tokens,
-        )
-        for kind, count in zip(TOKEN_KINDS, counts, strict=True):
-            self.tokens.labels(model, provider, kind).inc(count)
+    def _count_usage(self, series: "_Ended", exchange: Exchange, usage: Usage, source: str, counted_live: int) -> None:
+        self.usage_sources.labels(source).inc()
+        if exchange.cost_micros is None:
+            self.unpriced.labels(series.provider).inc()
+        else:
+            series.cost_micros.inc(exchange.cost_micros)
+        prompt, completion, cached, cache_write, reasoning = series.tokens
+        prompt.inc(usage.prompt_tokens or 0)
+        # A live count above the provider's stays: a counter never goes down.
+        completion.inc((usage.completion_tokens or 0) - counted_live)
+        cached.inc(usage.cached_tokens)
+        cache_write.inc(usage.cache_write_tokens)
+        reasoning.inc(usage.reasoning_tokens)
+
+    def _bind(self, model: str, provider: str) -> "_Ended":
+        series = self._ended[model, provider] = _Ended(self, model, provider)
+        return series
 
     def render(self) -> bytes:
         """The page, in Prometheus's text format 0.0.4 (CONTENT_TYPE).
@@ -276,6 +277,37 @@ class Metrics:
 
     def _histogram(self, name: str, doc: str, labels: Sequence[str], bounds: Sequence[float]) -> LabelledHistogram:
         return LabelledHistogram(self._registry, name, doc, labels, lambda: HistogramSeries(bounds))
+
+
+class _Ended:
+    """The series that count the exchanges of one model of one provider: each is there from its first use on."""
+
+    def __init__(self, metrics: Metrics, model: str, provider: str) -> None:
+        self._metrics = metrics
+        self._model = model
+        self._requests: dict[int, CounterSeries] = {}  # by status
+        self.provider = provider
+        self.duration_ms = metrics.request_duration_ms.labels(provider)
+
+    def request(self, status: int) -> CounterSeries:
+        series = self._requests.get(status)
+        if series is None:
+            label = _status_label(status)
+            series = self._requests[status] = self._metrics.requests.labels(self._model, self.provider, label)
+        return series
+
+    @cached_property
+    def first_token_seconds(self) -> HistogramSeries:
+        return self._metrics.time_to_first_token_seconds.labels(self.provider)
+
+    @cached_property
+    def cost_micros(self) -> CounterSeries:
+        return self._metrics.cost_micros.labels(self._model, self.provider)
+
+    @cached_property
+    def tokens(self) -> tuple[CounterSeries, ...]:
+        """In the order of TOKEN_KINDS."""
+        return tuple(self._metrics.tokens.labels(self._model, self.provider, kind) for kind in TOKEN_KINDS)
 
 
 def _status_label(status: int) -> str:

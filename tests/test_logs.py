@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from time import monotonic
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from aiohttp.http_exceptions import BadHttpMessage
 
 from gateway.exchange import Exchange, Principal
-from gateway.logs import LineHandler, exchange_fields, json_line, readable_line, setup
+from gateway.logs import LineHandler, exchange_fields, json_line, log_exchange, readable_line, setup
 from gateway.protocol.chat import parse_chat
 from gateway.protocol.routing import Provider, Target
 from gateway.protocol.usage import Usage
@@ -30,7 +31,9 @@ KEY = "aig_0123456789AB_" + "s" * 43 + "_CRC123"
 def logging_as_it_was() -> Iterator[None]:
     root, access = logging.getLogger(), logging.getLogger("aiohttp.access")
     handlers, level, flags = list(root.handlers), root.level, (logging.logThreads, logging.logProcesses)
+    excepthook = sys.excepthook
     yield
+    sys.excepthook = excepthook
     root.handlers[:] = handlers
     root.setLevel(level)
     logging.logThreads, logging.logProcesses = flags
@@ -197,6 +200,7 @@ async def test_asyncios_reprs_are_left_out(capsys: pytest.CaptureFixture[str]) -
     task = asyncio.create_task(fail())
     await asyncio.wait([task])
     del task
+    logging.getLogger().handlers[-1].flush()
     written = capsys.readouterr().err
     assert "Task exception was never retrieved" in written
     assert "the prompt" not in written
@@ -373,3 +377,57 @@ def test_a_stream_that_runs_backwards_in_time_took_no_time(exchange: Exchange) -
     early = replace(exchange, first_byte=exchange.started - 1, ended=exchange.started - 1)
     fields = exchange_fields(early, None, "")
     assert (fields["latency_ms"], fields["ttft_ms"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"client_request_id": ""},
+        {"model": "sk-0123456789abcdef"},
+        {"user_id": "Bearer 0123456789abcdef"},
+        {"client_request_id": KEY},
+        {"app_id": "https://me:secret@example.com"},
+        {"model": "two\nlines \u202e and \ud800"},
+        {"model": 'quoted "\\'},
+        {"cost_micros": 10**30},
+        {"target": None, "status": 0},
+    ],
+)
+def test_the_line_of_an_exchange_is_the_one_that_logging_writes(
+    exchange: Exchange, changes: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, usage = replace(exchange, **changes), Usage(10, 4)
+    now = 1_763_775_443.9567
+    monkeypatch.setattr("gateway.logs.time", lambda: now)
+    set_up_alone("production")
+    log_exchange("POST", "/v1/chat", done, usage, "provider")
+    fields = {"method": "POST", "path": "/v1/chat", **exchange_fields(done, usage, "provider")}
+    made = record("POST /v1/chat %s", done.status or "-", name="gateway.access", fields=fields, created=now)
+    assert capsys.readouterr().err == json_line(made) + "\n"
+
+
+def test_in_development_or_with_other_handlers_it_is_a_record_like_any(
+    exchange: Exchange, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    setup("info", "production")
+    log_exchange("POST", "/v1/chat", exchange, None, "")
+    assert caplog.messages == ["POST /v1/chat 200"]
+    set_up_alone("development")
+    log_exchange("POST", "/v1/chat", exchange, None, "")
+    assert "access  POST /v1/chat 200  method=POST" in capsys.readouterr().err
+
+
+def test_no_line_of_an_exchange_is_written_where_only_warnings_are(
+    exchange: Exchange, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logging.getLogger().handlers.clear()
+    setup("warning", "production")
+    log_exchange("POST", "/v1/chat", exchange, None, "")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("at", [0.0, 1_763_775_443.0, 1_763_775_443.9995, 1_763_775_444.001])
+def test_a_timestamp_is_that_of_rfc_3339(at: float) -> None:
+    expected = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    assert parsed(record(created=at))["timestamp"] == expected

@@ -21,11 +21,9 @@ from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
-
-from gateway.protocol.usage import Usage
 
 PICO = 10**6  # pico-dollars a token in 1 USD per million tokens, and also in 1 micro-dollar
 MAX_DOLLARS = 10**6  # USD per million tokens, a dollar a token: beyond it is a slip of the keyboard
@@ -65,7 +63,22 @@ class Tier:
     price: Price
 
 
-def cost_micros(price: Price, usage: Usage) -> int:
+class Counts(Protocol):
+    """Tokens of an exchange: a provider's Usage, or a row of ours."""
+
+    @property
+    def prompt_tokens(self) -> int | None: ...
+    @property
+    def completion_tokens(self) -> int | None: ...
+    @property
+    def cached_tokens(self) -> int: ...
+    @property
+    def cache_write_tokens(self) -> int: ...
+    @property
+    def reasoning_tokens(self) -> int: ...
+
+
+def cost_micros(price: Price, usage: Counts) -> int:
     """Micro-dollars, half a one rounded up, once for the whole exchange.
 
     A provider that reports more cached tokens than the prompt has (or more reasoning than the completion) is charged
@@ -211,6 +224,8 @@ class PriceTable:
         rates = self._remembered(provider, model) if len(model) <= MAX_NAME else ()
         if not rates:
             return None
+        if len(rates) == 1:
+            return rates[0].price
         at = at and at.astimezone(UTC)
         day, clock = (at.date(), at.time()) if at else (self.as_of, None)
         return next((rate.price for rate in reversed(rates) if rate.stands(day, clock)), rates[0].price)

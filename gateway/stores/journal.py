@@ -13,8 +13,9 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
+from math import inf
 from pathlib import Path
 from time import monotonic
 from typing import Literal
@@ -22,6 +23,7 @@ from typing import Literal
 from gateway.protocol.errors import Unavailable
 from gateway.stores import records
 from gateway.stores.segments import Position, claim, path_of, remove, segments_of
+from gateway.stores.syncing import SyncThread, Waiting
 from gateway.stores.usage import UsageRow
 
 log = logging.getLogger("gateway.stores.journal")
@@ -84,8 +86,9 @@ class Journal:
         self._closing = False
         self._finished: list[int] = []  # descriptors of full segments that were not synced yet
         self._new_files = True  # the folder has entries that were not synced yet
-        self._syncing: asyncio.Future[None] | None = None
-        self._thread = ThreadPoolExecutor(1, "journal")
+        self._syncing = False
+        self._waiting = Waiting()
+        self._thread = SyncThread()
 
     # --- one exchange
 
@@ -266,29 +269,25 @@ class Journal:
 
     # --- syncing
 
-    async def synced(self, seconds: float | None = None) -> None:
+    async def synced(self, seconds: float = inf) -> None:
         """Returns when all that was written so far would survive a power cut, if the policy is "group".
 
         Or after so many seconds; the disk then goes on by itself.
         """
-        if self._fsync != "group":
+        if self._fsync != "group" or self._synced == self._written:
             return
-        self._wanted = wanted = self._written
-        deadline = None if seconds is None else monotonic() + seconds
-        while self._synced < wanted:
-            # Those who come while one runs share the next.
-            if self._syncing is None or self._syncing.done():
-                self._syncing = self._start_sync()
-            left = None if deadline is None else deadline - monotonic()
-            if left is not None and left <= 0:
-                return
-            await asyncio.wait([self._syncing], timeout=left)
+        self._wanted = self._written
+        # Those who come in this turn of the loop share a sync, and those who come while it runs share the next.
+        if not self._syncing:
+            self._syncing = True
+            asyncio.get_running_loop().call_soon(self._start_sync)
+        await self._waiting.wait(self._written, seconds)
 
-    def _start_sync(self) -> asyncio.Future[None]:
-        written = self._written
-        syncing = asyncio.get_running_loop().run_in_executor(self._thread, self._sync, *self._to_sync())
-        syncing.add_done_callback(lambda done: self._sync_done(done, written))
-        return syncing
+    def _start_sync(self) -> None:
+        if self._closing:
+            return
+        self._syncing = True
+        self._thread.start(partial(self._sync, *self._to_sync()), partial(self._sync_done, self._written))
 
     def _to_sync(self) -> tuple[list[int], int, bool]:
         """Finished segments, the one that is written (or -1), and whether there are new ones."""
@@ -307,15 +306,16 @@ class Journal:
             for file in finished:
                 os.close(file)
 
-    def _sync_done(self, done: asyncio.Future[None], written: int) -> None:
-        error = done.exception()
+    def _sync_done(self, written: int, error: OSError | None) -> None:
+        self._syncing = False
         if error is not None:
             self._sync_failed(error)
         self._synced = max(self._synced, written)
-        if self._synced < self._wanted and not self._closing:
-            self._syncing = self._start_sync()  # also when nobody waits for it any more
+        if self._synced < self._wanted:
+            self._start_sync()  # also when nobody waits for it any more
+        self._waiting.reached(self._synced)
 
-    def _sync_failed(self, error: BaseException) -> None:
+    def _sync_failed(self, error: OSError) -> None:
         """The kernel forgets what it could not write, and the next fdatasync would lie: go on in another file.
 
         Nobody can wait for it any more. It is shipped all the same (https://wiki.postgresql.org/wiki/Fsync_Errors).
@@ -339,6 +339,9 @@ class Journal:
                 self._sync(*self._to_sync())
             except OSError as error:
                 log.error("the usage journal cannot be synced: %s", error)
+        self._synced = self._written
+        self._waiting.reached(self._synced)
+        self._waiting.close()
         only_heading = self._size <= len(self._heading)
         if self._file >= 0:
             os.close(self._file)

@@ -13,9 +13,12 @@ MAX_TOKENS = 10**12
 MAX_MS = 2**31 - 1  # Postgres integer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: a frozen one takes 3 µs more to make, and every exchange makes two
 class UsageRow:
-    """The columns of table `usage`, in their order (sql/migrations/0001_accounts_keys_usage.sql)."""
+    """The columns of table `usage`, in their order (sql/migrations/0001_accounts_keys_usage.sql).
+
+    Who makes one may still put its cost on it; from then on nothing of it changes.
+    """
 
     request_id: str
     started_at: datetime
@@ -54,32 +57,33 @@ def row_of(exchange: Exchange) -> UsageRow:
     usage, source = meter.result()
     prompt_tokens = _clamp(usage.prompt_tokens or 0, MAX_TOKENS)
     completion_tokens = _clamp(usage.completion_tokens or 0, MAX_TOKENS)
-    ended = exchange.ended or monotonic()
+    cached_tokens = _clamp(usage.cached_tokens, prompt_tokens)  # a part is never more than its whole, whoever says so
+    started, first_byte = exchange.started, exchange.first_byte
+    # By position, in the order of the columns: by name it takes half as long again.
     return UsageRow(
-        request_id=exchange.id,
-        started_at=datetime.fromtimestamp(exchange.started_at, UTC),
-        key_id=principal.key_id,
-        account_id=principal.account_id,
-        user_id=storable(exchange.user_id),
-        app_id=storable(exchange.app_id),
-        client_request_id=storable(exchange.client_request_id),
-        provider=storable(target.provider.name),
-        model=storable(exchange.model),
-        upstream_model=storable(target.model),
-        stream=chat.stream,
-        status=_clamp(exchange.status, 999),
-        outcome=exchange.outcome,
-        error_code=storable(exchange.error_code),
-        finish_reason=storable(meter.finish_reason or ""),
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        # Parts are never more than their whole, whatever the provider says.
-        cached_tokens=_clamp(usage.cached_tokens, prompt_tokens),
-        cache_write_tokens=_clamp(usage.cache_write_tokens, prompt_tokens - _clamp(usage.cached_tokens, prompt_tokens)),
-        reasoning_tokens=_clamp(usage.reasoning_tokens, completion_tokens),
-        usage_source=source,
-        latency_ms=_milliseconds(ended - exchange.started),
-        ttft_ms=_milliseconds(exchange.first_byte - exchange.started) if exchange.first_byte else None,
+        exchange.id,
+        datetime.fromtimestamp(exchange.started_at, UTC),
+        principal.key_id,
+        principal.account_id,
+        storable(exchange.user_id),
+        storable(exchange.app_id),
+        storable(exchange.client_request_id),
+        storable(target.provider.name),
+        storable(exchange.model),
+        storable(target.model),
+        chat.stream,
+        _clamp(exchange.status, 999),
+        exchange.outcome,
+        storable(exchange.error_code),
+        storable(meter.finish_reason or ""),
+        prompt_tokens,
+        completion_tokens,
+        cached_tokens,
+        _clamp(usage.cache_write_tokens, prompt_tokens - cached_tokens),
+        _clamp(usage.reasoning_tokens, completion_tokens),
+        source,
+        _milliseconds((exchange.ended or monotonic()) - started),
+        _milliseconds(first_byte - started) if first_byte else None,
     )
 
 
@@ -89,14 +93,17 @@ def storable(text: str) -> str:
     Postgres refuses both (https://www.postgresql.org/docs/current/datatype-character.html), and with them the whole
     INSERT they are in.
     """
-    text = text[:MAX_TEXT]
-    if "\0" in text or not text.isascii():
+    if len(text) > MAX_TEXT:
+        text = text[:MAX_TEXT]
+    if not text.isascii() or "\0" in text:
         text = text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
     return text
 
 
 def _clamp(number: int, most: int) -> int:
-    return min(max(0, number), most)
+    if 0 <= number <= most:
+        return number
+    return most if number > 0 else 0
 
 
 def _milliseconds(seconds: float) -> int:

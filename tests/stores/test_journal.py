@@ -512,6 +512,36 @@ async def test_those_who_wait_while_a_sync_runs_share_the_next(tmp_path: Path) -
     journal.close()
 
 
+async def test_those_of_one_moment_share_one(tmp_path: Path) -> None:
+    disk = Disk()
+    disk.gate.set()
+    journal = Journal(tmp_path, fdatasync=disk.fdatasync)
+
+    async def client() -> None:
+        journal.end(row())
+        await journal.synced()
+
+    await asyncio.gather(*(client() for _ in range(50)))
+    assert disk.syncs == 1
+    journal.close()
+
+
+async def test_who_still_waits_when_it_is_closed_is_released(tmp_path: Path) -> None:
+    disk = Disk()
+    journal = Journal(tmp_path, fdatasync=disk.fdatasync)
+    journal.end(row())
+    running = asyncio.create_task(journal.synced())
+    while not disk.syncs:
+        await asyncio.sleep(0.001)
+    journal.end(row())
+    next_one = asyncio.create_task(journal.synced())
+    await asyncio.sleep(0)
+    disk.gate.set()
+    journal.close()
+    async with asyncio.timeout(5):
+        await asyncio.gather(running, next_one)
+
+
 async def test_a_waiter_that_leaves_does_not_take_the_sync_from_the_others(tmp_path: Path) -> None:
     disk = Disk()
     journal = Journal(tmp_path, fdatasync=disk.fdatasync)
