@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -72,6 +73,7 @@ def _describe_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(arguments: argparse.Namespace, settings: Settings) -> int:
+    gc.disable()  # what is imported now is kept for ever; the application sets it on purpose once it is up
     from gateway.logs import setup
     from gateway.serve import StartError, serve
 

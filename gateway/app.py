@@ -22,7 +22,6 @@ from gateway.embedded import Embedded
 from gateway.exchange import Budget
 from gateway.handlers import accounts, chat, health, models, stats
 from gateway.metrics import Metrics
-from gateway.mock import Mock
 from gateway.protocol.pricing import PriceTable
 from gateway.protocol.routing import Provider, Routes
 from gateway.pulse import Pulse
@@ -263,6 +262,8 @@ def _providers(settings: Settings, routes: Routes) -> Context:
         async with AsyncExitStack() as opened:
             known = routes
             if _wants_mock(settings):
+                from gateway.mock import Mock  # not in production: it takes a fiftieth of a second and a megabyte
+
                 mock = Mock()
                 opened.push_async_callback(mock.stop)
                 known = _with_mock(routes, await mock.start())
@@ -313,9 +314,9 @@ def _settle_memory() -> None:
     With the default thresholds a burst of streams pays for full collections in the middle of its tokens. And glibc is
     told to give large blocks back: by itself it learns to keep Argon2's 19 MiB once for every thread (mallopt(3)).
     """
-    gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
+    gc.enable()
     with suppress(OSError, AttributeError):  # another libc
         ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
@@ -335,7 +336,6 @@ async def _tasks(app: web.Application) -> AsyncIterator[None]:
     bugs = app[keys.METRICS].internal_errors.labels("task")
     tasks = [asyncio.create_task(_forever(name, task, bugs.inc)) for name, task in work.items()]
     yield
-    await pulse.close()
     await app[keys.RECORDER].close()
     left = await shipper.close(FLUSH)
     if left:

@@ -1,6 +1,7 @@
 """What hangs on the application and on a request, with its type. `app.py` opens and closes every one of these.
 
-Handlers read them as `request.config_dict[KEYS]`, which also works in a sub-application.
+Handlers read them as `root(request)[KEYS]`, which also works in a sub-application. (`request.config_dict` makes a
+chain of mappings each time it is asked: ten times the price.)
 """
 
 import asyncpg
@@ -39,3 +40,8 @@ PULSE = web.AppKey("PULSE", Pulse)
 UPSTREAM = web.AppKey("UPSTREAM", Upstream)
 
 EXCHANGE = web.RequestKey("EXCHANGE", Exchange)
+
+
+def root(request: web.Request) -> web.Application:
+    """The application that `make_app` made."""
+    return request.match_info.apps[0]

@@ -6,18 +6,23 @@ import sys
 import termios
 import zlib
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
 from time import monotonic
+from typing import cast
 
-from aiohttp import hdrs, web
+from aiohttp import HttpVersion11, hdrs, web
 
-from gateway.protocol.errors import GatewayError, UpstreamTimeout, UpstreamTruncated
+from gateway.connection import Connection, Written, head
+from gateway.deadline import Deadline
+from gateway.exchange import Exchange
+from gateway.protocol.errors import GatewayError, UpstreamTimeout
 from gateway.protocol.sse import PING
 from gateway.settings import Settings
 from gateway.upstream import Answer
 
 PIECE = 1 << 18  # bytes of a whole answer written at a time: a client that reads makes progress from one to the next
-COMPRESS_FROM = 1024  # bytes of a JSON answer; below it gzip saves nothing
+# Bytes of a JSON answer. Every SDK says that it takes gzip, and a usual answer of 1 to 4 KB would then cost half as
+# much CPU again, for a packet or two less.
+COMPRESS_FROM = 1 << 13
 COMPRESS_HERE = 1 << 16  # bytes that take the loop under a millisecond; more are compressed in a thread
 
 _STREAM = {
@@ -30,86 +35,160 @@ _STREAM = {
 class Client:
     """Its headers are held back until there is a byte to send.
 
-    Two may send on a stream: the relay, and the pulse for a heartbeat. Both send whole events, and neither is
-    interrupted between the first and the last byte of one, so their events never mix.
+    Two may write on a stream: the relay, and the pulse for a heartbeat. Both write whole events at once, so their
+    events never mix.
     """
 
-    def __init__(self, request: web.Request, *, stream: bool, outlived: bool = False) -> None:
+    __slots__ = (
+        "_chunked",
+        "_connection",
+        "_draining",
+        "_exchange",
+        "_keep_alive",
+        "_outlived",
+        "_request",
+        "_stream",
+        "_unread",
+        "_writing_since",
+        "answer",
+        "closed",
+        "deadline",
+        "interrupted",
+        "left",
+        "on_flow",
+        "prepared",
+        "reading_since",
+        "sent",
+        "stalled",
+    )
+
+    def __init__(
+        self, request: web.Request, exchange: Exchange, *, draining: Callable[[], bool], outlived: bool = False
+    ) -> None:
+        assert exchange.chat is not None
         self._request = request
-        self._stream = stream
+        self._connection = cast(Connection, request.protocol)
+        self._exchange = exchange
+        self._stream = exchange.chat.stream
+        # A client of HTTP/1.0 knows no chunks: the end of its stream is that of the connection, RFC 9112 6.3.
+        self._chunked = self._stream and request.version >= HttpVersion11
+        self._draining = draining  # its connection is not to be used again
         self._outlived = outlived  # its provider is read on when it leaves
-        self._response = web.StreamResponse(headers=_STREAM if stream else None)
-        self.answer: Answer | None = None  # relay: a stream's, once the provider's headers are in
-        self.deadline: asyncio.Timeout | None = None  # relay: while it waits for anything else of the provider's
+        self._keep_alive = False  # known once the status line is out
+        self.answer: Answer | None = None  # relay: a stream's, while it is read
+        self.deadline: Deadline | None = None  # relay: while it waits for anything else of the provider's
         self.interrupted: GatewayError | None = None  # pulse: why it has to end
+        self.prepared = False  # the status line is out: what goes wrong from now on is an event
         self.closed = False  # relay: nothing more is sent
         self.left = False  # it is gone, and its provider is read on; what is sent goes nowhere
         self.stalled = False  # pulse: dropped because it stopped reading
-        self.reading_since = 0.0  # relay: waiting for the stream's next bytes, seconds, monotonic; 0: not waiting
+        self.on_flow: Callable[[], None] | None = None  # stream: called when `blocked` has changed
+        self.reading_since = 0.0  # stream: waiting for the provider's next bytes, seconds, monotonic; 0: not waiting
         self._writing_since = 0.0  # waiting for the client, or for its next step
         self._unread = 0  # bytes that the client had not taken at the last look
-        self._sent = monotonic()
+        self.sent = monotonic()  # stream: when something was last sent, seconds, monotonic
+        self._connection.on_flow = self._flow
 
-    @property
-    def prepared(self) -> bool:
-        """The status line is out (or about to be): what goes wrong from now on is an event."""
-        return self._response.prepared
+    def write(self, data: bytes) -> None:
+        """Events of a stream, at once. Nothing happens when it is gone: whoever waits here is cancelled."""
+        framed = b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
+        transport = self._connection.transport
+        if not self.prepared:
+            framed = b"" if self.left else self._head(_STREAM) + framed
+        if transport is not None and not self.left and not transport.is_closing():
+            transport.write(framed)
 
-    async def send(self, data: bytes | memoryview) -> None:
-        """Raises ConnectionError when the client is gone, unless it is outlived; waits while it does not read."""
+    def _write(self, data: bytes | memoryview) -> None:
+        """Of a whole answer."""
+        transport = self._connection.transport
+        if transport is not None and not self.left and not transport.is_closing():
+            transport.write(data)
+
+    def _head(self, headers: Mapping[str, str]) -> bytes:
+        framing = {"Transfer-Encoding": "chunked"} if self._chunked else {}
+        known_length = self._chunked or not self._stream
+        self._keep_alive = self._request.keep_alive and known_length and not self._draining()
+        headers = {**headers, **framing, **self._exchange.response_headers()}
+        made = head(self._request, headers, keep_alive=self._keep_alive)
+        self.prepared = self._exchange.prepared = True
+        self._request.writer.output_size = len(made)  # an answer has begun: `Connection.handle_error` asks for it
+        return made
+
+    async def drain(self) -> None:
+        """Waits while it does not read. Raises ConnectionError when it is gone, unless it is outlived."""
         if self.left:
             return
         try:
-            if not self._response.prepared:
-                await self._response.prepare(self._request)
-            self._sent = self._writing_since = monotonic()
-            await self._response.write(data)
+            if self._connection.transport is None:
+                raise ConnectionResetError("the client is gone")
+            if self._connection.blocked:
+                await self._request.writer.drain()
         except ConnectionError:
             if not self._outlived:
                 raise
             self.leave()
-        self._writing_since = 0.0
+
+    @property
+    def blocked(self) -> bool:
+        """Its buffer is full, because it does not read: nothing should be written now."""
+        return self._connection.blocked and not self.left
+
+    def _flow(self) -> None:
+        self._writing_since = monotonic() if self.blocked else 0.0
+        if self.on_flow is not None:
+            self.on_flow()
 
     def leave(self) -> None:
         """It is gone: the exchange goes on without it."""
         self.left = self.closed = True
-        self._writing_since = 0.0
+        self._flow()
+
+    def forget(self) -> None:
+        """The connection is not its any more."""
+        self.closed = True
+        self._connection.on_flow = None
 
     async def send_whole(self, body: bytes, before_last: Callable[[], Awaitable[None]]) -> web.StreamResponse:
         """A JSON answer that is all there, and its end; `before_last` is awaited before its last piece."""
+        if self.left:
+            await before_last()
+            return await self.end()
         body, headers = await encode_json(self._request, body)
-        self._response.headers.update(headers)
-        self._response.content_length = len(body)
+        headers = {**headers, "Content-Length": str(len(body))}
+        if len(body) <= PIECE:
+            await before_last()
+            self._write(self._head(headers) + body)
+            return await self.end()
+        self._write(self._head(headers))
         view = memoryview(body)
         for start in range(0, len(body), PIECE):
             if start + PIECE >= len(body):
                 await before_last()
-            await self.send(view[start : start + PIECE])
+            self._write(view[start : start + PIECE])
+            await self.drain()
         return await self.end()
 
     async def end(self) -> web.StreamResponse:
         if self.left:
             raise ConnectionResetError("the client is gone")
+        if self._chunked:
+            self._write(b"0\r\n\r\n")
         self.closed = True
-        self._writing_since = monotonic()
-        await self._response.write_eof()
-        self._writing_since = 0.0
-        return self._response
+        await self.drain()
+        return Written(keep_alive=self._keep_alive)
 
-    async def ping(self) -> None:
-        if self.closed or self._writing_since:
-            return
-        with suppress(ConnectionError):  # the relay is told by its own write, or by its cancellation
-            await self.send(PING)
-
-    def check(self, now: float, settings: Settings) -> bool:
-        """Enforce the limits; true when a heartbeat is due."""
+    def check(self, now: float, settings: Settings) -> None:
+        """Enforces the limits, and sends a heartbeat when it is due."""
         if self._writing_since:
             self._check_reader(now, settings.gateway_write_timeout)
-            return False
-        if self.answer is not None and self.reading_since:
+            return
+        if self.deadline is not None and now > self.deadline.at:
+            self.deadline.expire()
+        elif self.answer is not None and self.reading_since:
             self._check_provider(self.answer, now - self.reading_since, settings.gateway_idle_timeout)
-        return self._stream and not self.closed and now - self._sent >= settings.gateway_heartbeat
+        if self._stream and not self.closed and now - self.sent >= settings.gateway_heartbeat:
+            self.write(PING)
+            self.sent = now
 
     def _check_reader(self, now: float, limit: float) -> None:
         transport = self._request.transport
@@ -124,9 +203,7 @@ class Client:
             transport.abort()
 
     def _check_provider(self, answer: Answer, silent: float, limit: float) -> None:
-        if answer.broken:
-            answer.interrupt(UpstreamTruncated("the provider's answer broke off", kind="protocol"))
-        elif silent > limit:
+        if silent > limit:
             words = f"the provider was silent for {limit:g} s in the middle of its answer"
             answer.interrupt(UpstreamTimeout(words, kind="timeout_idle"))
 
@@ -136,7 +213,7 @@ class Client:
         if self.answer is not None:
             self.answer.interrupt(error)
         elif self.deadline is not None:
-            self.deadline.reschedule(0)
+            self.deadline.expire()
 
 
 def _unacknowledged(transport: asyncio.Transport) -> int:

@@ -23,13 +23,9 @@ Outcome = Literal[
 
 def new_id() -> str:
     """A UUIDv7 (RFC 9562 5.7): sorts by time, and the usage row and the logs know the exchange by it."""
-    milliseconds = time.time_ns() // 1_000_000
-    tail = int.from_bytes(os.urandom(10), "big")
-    value = (milliseconds & (1 << 48) - 1) << 80 | tail
-    value = value & ~(0xF << 76) | 0x7 << 76
-    value = value & ~(0x3 << 62) | 0x2 << 62
-    text = f"{value:032x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    text = ((time.time_ns() // 1_000_000).to_bytes(6, "big") + os.urandom(9)).hex()
+    # The version is 7. The variant is the upper half of the digit `a`; its lower half might be random, too.
+    return f"{text[:8]}-{text[8:12]}-7{text[12:15]}-a{text[15:18]}-{text[18:]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +86,7 @@ class Exchange:
     started_at: float = field(default_factory=time.time)  # seconds since the epoch
     headers: dict[str, str] = field(default_factory=dict)  # for the client's response; any of the below adds to it
     client_request_id: str = ""  # middlewares.errors
-    prepared: bool = False  # middlewares.on_prepare: the status line is out
+    prepared: bool = False  # middlewares.on_prepare, or client: the status line is out
 
     principal: Principal | None = None  # middlewares.authenticate
     user_id: str = ""  # middlewares.authenticate: X-User-Id
@@ -115,3 +111,10 @@ class Exchange:
     counted_live: int = 0  # relay: completion tokens that the metrics have already
     upstream_ms: float = 0.0  # relay: from the call to the provider's last byte
     ended: float = 0.0  # stores.recorder, or middlewares.errors when no row was due: seconds, monotonic
+
+    def response_headers(self) -> dict[str, str]:
+        """All of ours that stand on its answer."""
+        ids = {"X-Request-Id": self.id}
+        if self.client_request_id:
+            ids["X-Client-Request-Id"] = self.client_request_id
+        return {**ids, **self.headers}

@@ -13,11 +13,11 @@ from time import monotonic
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
-from gateway.appkeys import EXCHANGE, LIMITER, METRICS, PULSE, RECORDER, SETTINGS
+from gateway.appkeys import EXCHANGE, LIMITER, METRICS, PULSE, RECORDER, SETTINGS, root
 from gateway.body import read_body
 from gateway.exchange import Exchange
 from gateway.identity import API_KEY, MAX_LABEL, identify
-from gateway.logs import exchange_fields
+from gateway.logs import log_exchange
 from gateway.protocol.chat import PARSE_HERE, ChatRequest, parse_chat
 from gateway.protocol.errors import (
     GatewayError,
@@ -39,16 +39,13 @@ _PARSERS: Mapping[str, Callable[[bytes], ChatRequest]] = {"/v1/chat/completions"
 
 
 async def on_prepare(request: web.Request, response: web.StreamResponse) -> None:
-    """The one place where headers of ours are put on a response."""
+    """Puts headers of ours on a response of aiohttp's; what providers answered has them from client.py."""
     exchange = request.get(EXCHANGE)
     if exchange is None:
         return
     exchange.prepared = True
-    response.headers["X-Request-Id"] = exchange.id
-    if exchange.client_request_id:
-        response.headers["X-Client-Request-Id"] = exchange.client_request_id
-    response.headers.update(exchange.headers)
-    if request.config_dict[PULSE].draining:
+    response.headers.update(exchange.response_headers())
+    if root(request)[PULSE].draining:
         response.force_close()
 
 
@@ -56,16 +53,18 @@ async def on_prepare(request: web.Request, response: web.StreamResponse) -> None
 async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turns what was raised into an OpenAI error object, and writes the log line of every request."""
     exchange = request[EXCHANGE] = Exchange()
-    with request.config_dict[PULSE].counting():
-        try:
-            exchange.client_request_id = _label(request, "X-Request-Id", strict=False)
-            response = await _answer(request, handler)
-            exchange.status = exchange.status or response.status
-            return response
-        finally:
-            exchange.ended = exchange.ended or monotonic()
-            if not request.path.startswith(_QUIET):
-                _log(request, exchange)
+    pulse = root(request)[PULSE]
+    pulse.enter()
+    try:
+        exchange.client_request_id = _label(request, "X-Request-Id", strict=False)
+        response = await _answer(request, handler)
+        exchange.status = exchange.status or response.status
+        return response
+    finally:
+        exchange.ended = exchange.ended or monotonic()
+        if not request.path.startswith(_QUIET):
+            _log(request, exchange)
+        pulse.leave()
 
 
 async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -81,7 +80,7 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         raise  # the client is gone: nobody is left to answer
     except Exception:
         # A bug. Counted and logged with its id; the client learns the id and nothing else.
-        request.config_dict[METRICS].internal_errors.labels("request").inc()
+        root(request)[METRICS].internal_errors.labels("request").inc()
         log.exception("unhandled", extra={"fields": {"request_id": request[EXCHANGE].id}})
         return _error_response(request, InternalError("the gateway failed; quote the request id to its operator"))
 
@@ -132,10 +131,9 @@ def _label(request: web.Request, name: str, *, strict: bool = True) -> str:
 
 def _log(request: web.Request, exchange: Exchange) -> None:
     usage, source = exchange.meter.result() if exchange.meter is not None and exchange.connected else (None, "")
-    fields = {"method": request.method, "path": _route(request), **exchange_fields(exchange, usage, source)}
-    log.info("%s %s %s", request.method, fields["path"], exchange.status or "-", extra={"fields": fields})
+    log_exchange(request.method, _route(request), exchange, usage, source)
     if request.path.startswith("/v1/"):
-        request.config_dict[METRICS].exchange_ended(exchange, usage, source, counted_live=exchange.counted_live)
+        root(request)[METRICS].exchange_ended(exchange, usage, source, counted_live=exchange.counted_live)
 
 
 def _route(request: web.Request) -> str:
@@ -150,15 +148,15 @@ def _route(request: web.Request) -> str:
 @web.middleware
 async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
     exchange = request[EXCHANGE]
-    if request.config_dict[PULSE].refusing:
+    if root(request)[PULSE].refusing:
         raise ShuttingDown("the gateway is shutting down; please try again", retry_after=1)
     try:
         principal, own_credential = await identify(request)
     except GatewayError as error:
-        request.config_dict[METRICS].auth_failures.labels(_auth_failure(request, error)).inc()
+        root(request)[METRICS].auth_failures.labels(_auth_failure(request, error)).inc()
         raise
     exchange.principal = principal
-    if request.config_dict[SETTINGS].gateway_own_credential:
+    if root(request)[SETTINGS].gateway_own_credential:
         exchange.own_credential = own_credential
     exchange.user_id = _label(request, "X-User-Id")
     exchange.app_id = _label(request, "X-App-Id")
@@ -179,11 +177,11 @@ async def limit(request: web.Request, handler: Handler) -> web.StreamResponse:
     exchange = request[EXCHANGE]
     if exchange.principal is None or _parser(request) is None:
         return await handler(request)
-    limiter = request.config_dict[LIMITER]
+    limiter = root(request)[LIMITER]
     admission = await limiter.admit(exchange.principal, exchange.id, request.path)
     _rate_headers(exchange, admission)
     if not admission.granted:
-        request.config_dict[METRICS].rate_limited.labels(admission.reason).inc()
+        root(request)[METRICS].rate_limited.labels(admission.reason).inc()
         raise _refused(admission)
     try:
         return await handler(request)
@@ -223,7 +221,7 @@ async def read_call(request: web.Request, handler: Handler) -> web.StreamRespons
     """Reads and checks the body before anything is sent anywhere."""
     parse = _parser(request)
     if parse is not None:
-        body = await read_body(request, request.config_dict[SETTINGS].gateway_max_body)
+        body = await read_body(request, root(request)[SETTINGS].gateway_max_body)
         # A large body takes its time, which others' streams must not wait for.
         request[EXCHANGE].chat = parse(body) if len(body) <= PARSE_HERE else await asyncio.to_thread(parse, body)
     return await handler(request)
@@ -241,7 +239,7 @@ async def record_usage(request: web.Request, handler: Handler) -> web.StreamResp
     try:
         return await handler(request)
     finally:
-        request.config_dict[RECORDER].end(exchange)
+        root(request)[RECORDER].end(exchange)
 
 
 V1 = (authenticate, limit, read_call, record_usage)

@@ -5,8 +5,7 @@ in the shortest interval and at least once a second, so that a limit of 60 s hol
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from time import monotonic
 
 from gateway.client import Client
@@ -17,33 +16,29 @@ LAST_WORDS = 1.0  # seconds that streams have for their error event when the dra
 
 
 class Pulse:
-    """All open exchanges. Opened and closed by app.py; each enters and leaves by `watch`."""
+    """All open exchanges. Opened and closed by app.py; each is there from `watch` to `forget`."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._clients: set[Client] = set()
-        self._pings: set[asyncio.Task[None]] = set()
         self._in_flight = 0  # requests of any kind
         self.draining = False  # app: SIGTERM came, we are no longer ready
         self.refusing = False  # app: no new exchange is begun
 
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Around every request: the drain waits for it."""
+    def enter(self) -> None:
+        """With every request, and `leave` at its end: the drain waits for it."""
         self._in_flight += 1
-        try:
-            yield
-        finally:
-            self._in_flight -= 1
 
-    @contextmanager
-    def watch(self, client: Client) -> Iterator[None]:
+    def leave(self) -> None:
+        self._in_flight -= 1
+
+    def watch(self, client: Client) -> None:
+        """Until `forget`."""
         self._clients.add(client)
-        try:
-            yield
-        finally:
-            client.closed = True
-            self._clients.discard(client)
+
+    def forget(self, client: Client) -> None:
+        client.forget()
+        self._clients.discard(client)
 
     @property
     def idle(self) -> bool:
@@ -55,17 +50,19 @@ class Pulse:
 
     async def run(self) -> None:
         settings = self._settings
-        shortest = min(settings.gateway_heartbeat, settings.gateway_idle_timeout, settings.gateway_write_timeout)
+        shortest = min(
+            settings.gateway_heartbeat,
+            settings.gateway_first_byte_timeout,
+            settings.gateway_idle_timeout,
+            settings.gateway_total_timeout,
+            settings.gateway_write_timeout,
+        )
         interval = min(1.0, shortest / 10)
         while True:
             await asyncio.sleep(interval)
             now = monotonic()
             for client in list(self._clients):
-                if client.check(now, settings):
-                    # A task of its own: one client that does not read must not hold up the others' heartbeats.
-                    task = asyncio.create_task(client.ping())
-                    self._pings.add(task)
-                    task.add_done_callback(self._pings.discard)
+                client.check(now, settings)
 
     async def drain(self, timeout: float) -> None:
         """Let what is open finish; after `timeout` seconds end it with an error that says why."""
@@ -81,8 +78,3 @@ class Pulse:
         deadline = monotonic() + seconds
         while not condition() and monotonic() < deadline:  # noqa: ASYNC110 - what it waits for changes in many places
             await asyncio.sleep(0.02)
-
-    async def close(self) -> None:
-        for task in list(self._pings):
-            task.cancel()
-        await asyncio.gather(*self._pings, return_exceptions=True)

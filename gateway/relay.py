@@ -8,24 +8,16 @@ Rule 4: what no budget pays for is not sent on: a stream ends in the middle as o
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Coroutine
 from time import monotonic, time
 
 from aiohttp import web
 
-from gateway.appkeys import METRICS, PULSE, RECORDER, SETTINGS, UPSTREAM
+from gateway.appkeys import METRICS, PULSE, RECORDER, SETTINGS, UPSTREAM, root
 from gateway.client import Client
+from gateway.deadline import Deadline
 from gateway.exchange import Exchange, Outcome
-from gateway.protocol.chat import (
-    PARSE_HERE,
-    Call,
-    ChatRequest,
-    Chunk,
-    Translator,
-    UpstreamRequest,
-    prompt_text,
-)
+from gateway.protocol.chat import PARSE_HERE, Call, UpstreamRequest, prompt_text
 from gateway.protocol.dialects import DIALECTS
 from gateway.protocol.errors import (
     GatewayError,
@@ -41,6 +33,7 @@ from gateway.protocol.meter import Meter
 from gateway.protocol.usage import Usage
 from gateway.protocol.whole import Whole
 from gateway.reserve import reserve
+from gateway.stream import Stream, Tally
 from gateway.upstream import MAX_ERROR_BODY, Answer
 
 log = logging.getLogger("gateway.relay")
@@ -53,12 +46,16 @@ async def relay(request: web.Request, exchange: Exchange) -> web.StreamResponse:
     """Answer a chat request whose target is set. Raises GatewayError only while no byte was sent."""
     assert exchange.chat is not None
     assert exchange.target is not None
+    app = root(request)
     meter = Meter(prompt_text(exchange.chat))
     chat = await reserve(request, exchange, meter)
     call = Call(chat, exchange.target, f"chatcmpl-{exchange.id.replace('-', '')}", int(time()))
     attempt = _Attempt(request, exchange, call, meter)
-    to_send = await _request_of(attempt.translator, chat)
-    await attempt.begin()
+    # Raises InvalidRequest for what the dialect cannot express: nothing was sent yet.
+    request_of = attempt.translator.request
+    to_send = request_of() if len(chat.body) <= PARSE_HERE else await asyncio.to_thread(request_of)
+    exchange.meter = meter
+    await app[RECORDER].begin(exchange)  # raises JournalFull: what cannot be accounted is not sent
     exchange.outcome = "interrupted"  # until we know better
     started = monotonic()
     try:
@@ -67,7 +64,7 @@ async def relay(request: web.Request, exchange: Exchange) -> web.StreamResponse:
         attempt.note(error)
         raise
     except (asyncio.CancelledError, ConnectionError):
-        attempt.note_left(draining=request.config_dict[PULSE].draining)
+        attempt.note_left(draining=app[PULSE].draining)
         raise
     except Exception:
         bug = InternalError("")
@@ -77,18 +74,31 @@ async def relay(request: web.Request, exchange: Exchange) -> web.StreamResponse:
         exchange.upstream_ms = (monotonic() - started) * 1000
 
 
-async def _request_of(translator: Translator, chat: ChatRequest) -> UpstreamRequest:
-    """Raises InvalidRequest for what the dialect cannot express: nothing was sent yet."""
-    if len(chat.body) <= PARSE_HERE:
-        return translator.request()
-    return await asyncio.to_thread(translator.request)
-
-
 class _Attempt:
     """One try at one target. Its exchange's outcome, status, error_code and meter are written here alone."""
 
+    __slots__ = (
+        "_client",
+        "_dialect",
+        "_drain_seconds",
+        "_exchange",
+        "_gathered",
+        "_meter",
+        "_metrics",
+        "_pulse",
+        "_recorder",
+        "_request",
+        "_settings",
+        "_stream",
+        "_tally",
+        "_target",
+        "_upstream",
+        "translator",
+    )
+
     def __init__(self, request: web.Request, exchange: Exchange, call: Call, meter: Meter) -> None:
         assert exchange.principal is not None and exchange.chat is not None
+        app = root(request)
         self._request = request
         self._exchange = exchange
         self._target = call.target
@@ -96,39 +106,38 @@ class _Attempt:
         # The provider streams, and the client wants a whole answer.
         self._gathered = Whole() if call.chat.stream and not exchange.chat.stream else None
         self._drain_seconds = exchange.principal.drain_seconds
-        self._client = Client(request, stream=exchange.chat.stream, outlived=self._drain_seconds > 0)
+        self._pulse = pulse = app[PULSE]
+        self._client = Client(
+            request, exchange, draining=lambda: pulse.draining, outlived=exchange.principal.drain_seconds > 0
+        )
         self._dialect = DIALECTS[call.target.provider.dialect]
         self.translator = self._dialect.translator(call)
         self._meter = meter
-        self._reservation = exchange.reservation
-        self._recorder = request.config_dict[RECORDER]
-        self._settings = request.config_dict[SETTINGS]
-        self._metrics = request.config_dict[METRICS]
-        self._live = self._metrics.tokens_live(exchange.model, call.target.provider.name)
-
-    async def begin(self) -> None:
-        """Raises JournalFull: what cannot be accounted is not sent."""
-        self._exchange.meter = self._meter
-        await self._recorder.begin(self._exchange)
+        self._upstream = app[UPSTREAM]
+        self._recorder = app[RECORDER]
+        self._settings = app[SETTINGS]
+        self._metrics = app[METRICS]
+        self._tally = Tally(exchange, meter, self._metrics.tokens_live(exchange.model, call.target.provider.name))
 
     async def run(self, to_send: UpstreamRequest) -> web.StreamResponse:
         client = self._client
-        with self._request.config_dict[PULSE].watch(client):
-            try:
-                answering = self._answer(to_send)
-                return await (self._outlive(answering) if self._drain_seconds else answering)
-            finally:
-                if client.prepared:
-                    self._exchange.status = 200
-                if client.stalled:
-                    self._exchange.error_code = "client_stalled"
+        self._pulse.watch(client)
+        try:
+            answering = self._answer(to_send)
+            return await (self._outlive(answering) if self._drain_seconds else answering)
+        finally:
+            self._pulse.forget(client)
+            if client.prepared:
+                self._exchange.status = 200
+            if client.stalled:
+                self._exchange.error_code = "client_stalled"
 
-    async def _answer(self, to_send: UpstreamRequest) -> web.StreamResponse:
+    def _answer(self, to_send: UpstreamRequest) -> Coroutine[None, None, web.StreamResponse]:
         if not self._stream:
-            return await self._answer_whole(to_send)
+            return self._answer_whole(to_send)
         if self._gathered is None:
-            return await self._answer_stream(to_send)
-        return await self._answer_gathered(to_send, self._gathered)
+            return self._answer_stream(to_send)
+        return self._answer_gathered(to_send, self._gathered)
 
     async def _outlive(self, answering: Coroutine[None, None, web.StreamResponse]) -> web.StreamResponse:
         """The client may leave: the provider is read on for a while, so that its own figures come."""
@@ -158,10 +167,10 @@ class _Attempt:
     async def _send_stream(self, to_send: UpstreamRequest) -> None:
         """All of the stream but its end. Raises GatewayError only while no byte was sent."""
         try:
-            self._client.answer = await self._open(to_send)
-            last = await self._pump(self._client.answer)
+            last = await self._pump(await self._open(to_send))
             await self._recorder.settle(self._exchange)
-            await self._client.send(last)
+            if last:
+                self._client.write(last)
         except GatewayError as error:
             if not self._client.prepared:
                 raise
@@ -178,73 +187,51 @@ class _Attempt:
         self.note(error)
         self._exchange.status = 200
         await self._recorder.settle(self._exchange)
-        await self._client.send(error.event())
+        self._client.write(error.event())
 
     async def _open(self, to_send: UpstreamRequest) -> Answer:
         """The provider's answer, once it is one that streams. Raises UpstreamError."""
         limit = self._settings.gateway_first_byte_timeout
-        with self._within(limit, f"sent no answer within {limit:g} s", "timeout_headers"):
-            async with asyncio.timeout(limit) as self._client.deadline:
+        try:
+            with Deadline(limit) as self._client.deadline:
                 answer = await self._post(to_send)
                 if answer.status != 200:
                     raise await self._refusal(answer)
+        except TimeoutError:
+            raise self._late(limit, f"sent no answer within {limit:g} s", "timeout_headers") from None
+        finally:
+            self._client.deadline = None
         if answer.content_type in ("text/html", "application/json") and answer.content_type != self._dialect.media_type:
             answer.close()
             raise UpstreamBadBody(f"{self._target.provider.name} answered with {answer.content_type}, not a stream")
         return answer
 
     async def _pump(self, answer: Answer) -> bytes:
-        """One read, one feed, one write, until the dialect's last word, which is held back and given."""
-        translator, client = self.translator, self._client
+        """All of the stream but its last chunk, which it gives."""
+        stream = Stream(
+            self._exchange,
+            self.translator,
+            self._tally,
+            self._client,
+            self._recorder,
+            gathered=self._gathered,
+            limit=self._settings.gateway_max_reply,
+        )
+        self._client.answer = answer
         try:
-            while True:
-                client.reading_since = monotonic()
-                data = await answer.read()
-                client.reading_since = 0.0
-                for piece in self._pieces(data):
-                    chunks = translator.feed(piece) if piece else []
-                    if translator.done or not piece:
-                        last = await self._last_words(chunks)
-                        answer.finish()
-                        self._done("ok")
-                        return last
-                    if not await self._forward(chunks):
-                        answer.close()
-                        return await self._cut()
-                self._recorder.tick(self._exchange)
+            last = await stream.run(answer)
         except BaseException:
             answer.close()
             raise
-
-    def _pieces(self, data: bytes) -> list[bytes]:
-        """What is fed at once: under a budget a line, so that the translator knows no more than was passed on."""
-        if self._reservation is None or not data:
-            return [data]
-        return data.splitlines(keepends=True)
-
-    async def _last_words(self, chunks: list[Chunk]) -> bytes:
-        """Sends all but the last chunk, which it gives. Raises UpstreamError, with all before the fault sent."""
-        try:
-            chunks = [*chunks, *self.translator.flush()]
-        except GatewayError:
-            await self._send(chunks)
-            raise
-        await self._send(chunks[:-1])
-        return self._take(chunks[-1:])
-
-    async def _forward(self, chunks: list[Chunk]) -> bool:
-        """False: it is paid for up to a chunk, which is sent, and for no more."""
-        if self._reservation is None:
-            await self._send(chunks)
-            return True
-        for chunk in chunks:
-            await self._send([chunk])
-            if not chunk.text:
-                continue  # the last ones of a stream that ended well may bring a higher count
-            count = self._meter.completion_tokens
-            if not self._reservation.used(count) and not await self._reservation.more(count):
-                return False
-        return True
+        finally:
+            self._client.answer = None
+            self._tally.settle()
+        if last is None:
+            answer.close()
+            return await self._cut()
+        answer.finish()
+        self._done("ok")
+        return last
 
     async def _cut(self) -> bytes:
         """The last words of a stream that nothing is left to pay for: those of one that reached its maximum."""
@@ -254,34 +241,22 @@ class _Attempt:
         usage, _ = self._meter.result()
         return self.translator.cut(usage)
 
-    async def _send(self, chunks: list[Chunk]) -> None:
-        if not (data := self._take(chunks)):
-            return
-        if self._gathered is None:
-            await self._client.send(data)
-            return
-        self._gathered.add(data)
-        if self._gathered.size > (limit := self._settings.gateway_max_reply):
-            raise UpstreamBadBody(f"{self._target.provider.name} answered with more than {limit} bytes")
-
-    def _take(self, chunks: list[Chunk]) -> bytes:
-        # Counted before it is sent: the provider bills what the client did not wait for.
-        for chunk in chunks:
-            self._count(chunk.text, chunk.usage, chunk.finish_reason)
-        return b"".join([chunk.data for chunk in chunks])
-
     # --- a whole answer
 
     async def _answer_whole(self, to_send: UpstreamRequest) -> web.StreamResponse:
         limit = self._settings.gateway_total_timeout
-        with self._within(limit, f"did not finish its answer within {limit:g} s", "timeout_total"):
-            async with asyncio.timeout(limit) as self._client.deadline:
+        try:
+            with Deadline(limit) as self._client.deadline:
                 answer = await self._post(to_send)
                 if answer.status != 200:
                     raise await self._refusal(answer)
                 body = await self._whole(answer, self._settings.gateway_max_reply)
+        except TimeoutError:
+            raise self._late(limit, f"did not finish its answer within {limit:g} s", "timeout_total") from None
+        finally:
+            self._client.deadline = None
         reply = self.translator.reply(body)
-        self._count(reply.text, reply.usage, reply.finish_reason)
+        self._tally.count(reply.text, reply.usage, reply.finish_reason)
         return await self._client.send_whole(reply.body, self._before_last)
 
     async def _before_last(self) -> None:
@@ -292,10 +267,11 @@ class _Attempt:
     async def _answer_gathered(self, to_send: UpstreamRequest, whole: Whole) -> web.StreamResponse:
         """Made of a stream, which a budget may have ended in the middle."""
         limit = self._settings.gateway_total_timeout
-        with self._within(limit, f"did not finish its answer within {limit:g} s", "timeout_total"):
+        try:
             async with asyncio.timeout(limit):
-                self._client.answer = await self._open(to_send)
-                last = await self._pump(self._client.answer)
+                last = await self._pump(await self._open(to_send))
+        except TimeoutError:
+            raise self._late(limit, f"did not finish its answer within {limit:g} s", "timeout_total") from None
         whole.add(last)
         return await self._client.send_whole(whole.body(), self._settle)
 
@@ -309,24 +285,17 @@ class _Attempt:
         self._exchange.outcome = "client_abort" if self._client.left else outcome
         self._exchange.status = 0 if self._client.left and not self._client.prepared else 200
 
-    @contextmanager
-    def _within(self, limit: float, words: str, kind: str) -> Iterator[None]:
-        """Says what a time-out means: an interruption, a connection that never was, or a provider that is too slow."""
-        try:
-            yield
-        except TimeoutError:
-            if self._client.interrupted is not None:
-                raise self._client.interrupted from None
-            if not self._exchange.connected:
-                words, kind = f"could not be connected to within {limit:g} s", "timeout_connect"
-            raise UpstreamTimeout(f"{self._target.provider.name} {words}", kind=kind) from None
-        finally:
-            self._client.deadline = None
+    def _late(self, limit: float, words: str, kind: str) -> GatewayError:
+        """What a time-out means: an interruption, a connection that never was, or a provider that is too slow."""
+        if self._client.interrupted is not None:
+            return self._client.interrupted
+        if not self._exchange.connected:
+            words, kind = f"could not be connected to within {limit:g} s", "timeout_connect"
+        return UpstreamTimeout(f"{self._target.provider.name} {words}", kind=kind)
 
     async def _post(self, to_send: UpstreamRequest) -> Answer:
-        upstream = self._request.config_dict[UPSTREAM]
         named = to_send._replace(headers={**to_send.headers, "X-Request-Id": self._exchange.id})
-        answer = await upstream.post(self._target, named, self._request.headers, self._connected)
+        answer = await self._upstream.post(self._target, named, self._request.headers, self._connected)
         if answer.request_id:
             self._exchange.headers["X-Upstream-Request-Id"] = answer.request_id
         return answer
@@ -346,14 +315,6 @@ class _Attempt:
             raise
         answer.finish()
         return body
-
-    def _count(self, text: str, usage: Usage | None, finish_reason: str | None) -> None:
-        added = self._meter.see(text, usage, finish_reason)
-        if text and not self._exchange.first_byte:
-            self._exchange.first_byte = monotonic()
-        if added:
-            self._live.inc(added)
-            self._exchange.counted_live += added
 
     def note_left(self, *, draining: bool) -> None:
         """The client is gone, or we are going; a client that leaves when it has everything leaves nothing to note."""

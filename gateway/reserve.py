@@ -7,7 +7,7 @@ from functools import partial
 
 from aiohttp import web
 
-from gateway.appkeys import BUDGETS, METRICS, PRICES
+from gateway.appkeys import BUDGETS, METRICS, PRICES, root
 from gateway.exchange import Exchange
 from gateway.protocol.chat import PARSE_HERE, ChatRequest, max_output
 from gateway.protocol.errors import GatewayError, PermissionDenied, QuotaExhausted, RateLimited, Unavailable
@@ -31,14 +31,14 @@ async def reserve(request: web.Request, exchange: Exchange, meter: Meter) -> Cha
     """
     chat, principal, target = exchange.chat, exchange.principal, exchange.target
     assert chat is not None and principal is not None and target is not None
-    if not request.config_dict[BUDGETS].covers(principal):
+    if not root(request)[BUDGETS].covers(principal):
         return chat
     large = len(chat.body) > PARSE_HERE
     prompt_tokens = await asyncio.to_thread(meter.prompt_estimate) if large else meter.prompt_estimate()
     try:
         reservation = await _ask(request, exchange, prompt_tokens, min(max_output(chat) or SLICE, SLICE))
     except GatewayError as error:
-        request.config_dict[METRICS].rate_limited.labels(_REFUSALS[type(error)]).inc()
+        root(request)[METRICS].rate_limited.labels(_REFUSALS[type(error)]).inc()
         raise
     exchange.reservation = reservation
     exchange.headers.update(reservation.headers)
@@ -52,11 +52,11 @@ async def reserve(request: web.Request, exchange: Exchange, meter: Meter) -> Cha
 async def _ask(request: web.Request, exchange: Exchange, prompt_tokens: int, output_tokens: int) -> Reservation:
     target, principal = exchange.target, exchange.principal
     assert target is not None and principal is not None
-    return await request.config_dict[BUDGETS].reserve(
+    return await root(request)[BUDGETS].reserve(
         principal,
         exchange.id,
         exchange.started_at,
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
-        price=request.config_dict[PRICES].price(target.provider.name, target.model, datetime.now(UTC)),
+        price=root(request)[PRICES].price(target.provider.name, target.model, datetime.now(UTC)),
     )

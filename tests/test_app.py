@@ -72,7 +72,7 @@ async def test_a_start_that_fails_at_the_providers_closes_the_mock_and_the_clien
             await super().close()
             ended.append("upstream")
 
-    monkeypatch.setattr(application, "Mock", WatchedMock)
+    monkeypatch.setattr("gateway.mock.Mock", WatchedMock)
     monkeypatch.setattr(application, "Upstream", WatchedUpstream)
     monkeypatch.setattr(application, "Catalogue", boom)
     await fails_to_start(database_url, redis_url)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import orjson
 from aiohttp import web
 
-from gateway.appkeys import ACCOUNTS, KEYS, SETTINGS
+from gateway.appkeys import ACCOUNTS, KEYS, SETTINGS, root
 from gateway.body import leave_expectation, read_body
 from gateway.exchange import Principal
 from gateway.handlers import budgets
@@ -69,8 +69,8 @@ def routes() -> list[web.RouteDef]:
 
 async def register(request: web.Request) -> web.Response:
     fields = await _read_fields(request, {"email": _text, "password": _text}, required=("email", "password"))
-    registration = request.config_dict[SETTINGS].gateway_registration
-    accounts = request.config_dict[ACCOUNTS]
+    registration = root(request)[SETTINGS].gateway_registration
+    accounts = root(request)[ACCOUNTS]
     account = await accounts.register(
         fields["email"], fields["password"], registration=registration, address=request.remote or ""
     )
@@ -80,13 +80,13 @@ async def register(request: web.Request) -> web.Response:
 
 async def list_users(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
-    users = await request.config_dict[ACCOUNTS].list(tenant(principal))
+    users = await root(request)[ACCOUNTS].list(tenant(principal))
     return _answer({"users": [_shown_user(user) for user in users]})
 
 
 async def show_user(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
-    user = await request.config_dict[ACCOUNTS].get(request.match_info["id"], tenant(principal))
+    user = await root(request)[ACCOUNTS].get(request.match_info["id"], tenant(principal))
     return _answer({**_shown_user(user), "budgets": await budgets.of_account(request, user.id, user.budget)})
 
 
@@ -95,8 +95,8 @@ async def change_user(request: web.Request) -> web.Response:
     if principal.role != "admin":
         raise PermissionDenied("only an admin limits accounts")
     fields = await _read_fields(request, dict.fromkeys(BUDGET_NAMES, _limit))
-    announce = request.config_dict[KEYS].announce_account
-    user = await request.config_dict[ACCOUNTS].change(request.match_info["id"], cast(BudgetLimits, fields), announce)
+    announce = root(request)[KEYS].announce_account
+    user = await root(request)[ACCOUNTS].change(request.match_info["id"], cast(BudgetLimits, fields), announce)
     return _answer({**_shown_user(user), "budgets": await budgets.of_account(request, user.id, user.budget)})
 
 
@@ -117,9 +117,9 @@ async def create_key(request: web.Request) -> web.Response:
     checks = {"email": _text, "password": _text, **_KEY_FIELDS}
     fields = await _read_fields(request, checks, required=("key_name",))
     account_id, grant = await _creator(request, fields.get("email"), fields.get("password"))
-    limits: KeyLimits = {**_defaults(request.config_dict[SETTINGS]), **_limits(fields)}
+    limits: KeyLimits = {**_defaults(root(request)[SETTINGS]), **_limits(fields)}
     grant.check(limits)
-    key = await request.config_dict[KEYS].create(account_id, fields["key_name"], **limits)
+    key = await root(request)[KEYS].create(account_id, fields["key_name"], **limits)
     body = {
         "api_key": key.token,
         "prefix": key.prefix,
@@ -132,13 +132,13 @@ async def create_key(request: web.Request) -> web.Response:
 
 async def list_keys(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
-    keys = await request.config_dict[KEYS].list(tenant(principal))
+    keys = await root(request)[KEYS].list(tenant(principal))
     return _answer({"keys": [_shown(key) for key in keys]})
 
 
 async def show_key(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
-    key = await request.config_dict[KEYS].get(request.match_info["id"], tenant(principal))
+    key = await root(request)[KEYS].get(request.match_info["id"], tenant(principal))
     return _answer({**_shown(key), "budgets": await budgets.of_key(request, key)})
 
 
@@ -146,16 +146,16 @@ async def change_key(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
     fields = await _read_fields(request, _KEY_FIELDS)
     limits = _limits(fields)
-    _grant_of(principal, request.config_dict[SETTINGS]).check(limits)
+    _grant_of(principal, root(request)[SETTINGS]).check(limits)
     changes = cast(KeyChanges, {**limits, "name": fields.get("key_name")})
-    key = await request.config_dict[KEYS].change(request.match_info["id"], tenant(principal), changes)
+    key = await root(request)[KEYS].change(request.match_info["id"], tenant(principal), changes)
     return _answer({**_shown(key), "budgets": await budgets.of_key(request, key)})
 
 
 async def revoke_key(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
     key_id = request.match_info["id"]
-    await request.config_dict[KEYS].revoke(key_id, tenant(principal))
+    await root(request)[KEYS].revoke(key_id, tenant(principal))
     return _answer({"id": key_id, "revoked": True})
 
 
@@ -232,7 +232,7 @@ def _within(model: str, pattern: str) -> bool:
 
 async def _creator(request: web.Request, email: str | None, password: str | None) -> tuple[str, Grant]:
     """Whose the new key is, and what may be granted: by email and password, or by an admin's key in the headers."""
-    settings, accounts = request.config_dict[SETTINGS], request.config_dict[ACCOUNTS]
+    settings, accounts = root(request)[SETTINGS], root(request)[ACCOUNTS]
     if password is not None:
         if email is None:
             raise InvalidRequest("email is missing", param="email", code="missing_required_parameter")

@@ -6,7 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
-from gateway.appkeys import BUDGETS
+from gateway.appkeys import BUDGETS, root
 from gateway.exchange import Budget
 from gateway.protocol.errors import Unavailable
 from gateway.stores.key_limits import budget_limits, shown
@@ -33,7 +33,7 @@ async def _budgets(request: web.Request, of: str, subject: str, limits: Mapping[
     if not limited:
         return []
     try:
-        spent = await request.config_dict[BUDGETS].spent(subject)
+        spent = await root(request)[BUDGETS].spent(subject)
     except Unavailable:
         spent = None
     now, rows = datetime.now(UTC), []

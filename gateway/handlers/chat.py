@@ -2,7 +2,7 @@
 
 from aiohttp import web
 
-from gateway.appkeys import CATALOGUE, EXCHANGE
+from gateway.appkeys import CATALOGUE, EXCHANGE, root
 from gateway.body import leave_expectation
 from gateway.relay import relay
 
@@ -16,7 +16,7 @@ async def complete(request: web.Request) -> web.StreamResponse:
     chat, principal = exchange.chat, exchange.principal
     assert chat is not None
     assert principal is not None
-    catalogue = request.config_dict[CATALOGUE]
+    catalogue = root(request)[CATALOGUE]
     exchange.model = chat.model
     exchange.target = catalogue.resolve(chat.model, exchange.own_credential, principal.allowed_models)
     exchange.headers["X-Gateway-Provider"] = exchange.target.provider.name

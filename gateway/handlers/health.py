@@ -7,7 +7,7 @@ import orjson
 from aiohttp import web
 
 from gateway import __version__
-from gateway.appkeys import CATALOGUE, LIMITER, METRICS, POOL, PULSE, RECORDER, SHIPPER
+from gateway.appkeys import CATALOGUE, LIMITER, METRICS, POOL, PULSE, RECORDER, SHIPPER, root
 from gateway.metrics import CONTENT_TYPE
 from gateway.protocol.errors import Unavailable
 from gateway.stores.postgres import HOT_ACQUIRE_TIMEOUT, HOT_COMMAND_TIMEOUT, Pool, connection
@@ -31,15 +31,15 @@ async def live(request: web.Request) -> web.Response:
 
 async def ready(request: web.Request) -> web.Response:
     """200 only when it can serve. Postgres or Redis gone is no reason to say no: known keys are served without them."""
-    if request.config_dict[PULSE].draining:
+    if root(request)[PULSE].draining:
         return web.json_response({"status": "draining"}, status=503)
-    if request.config_dict[RECORDER].refusing:
+    if root(request)[RECORDER].refusing:
         return web.json_response({"status": "usage_log_full"}, status=503)
     return web.json_response({"status": "ready"})
 
 
 async def report(request: web.Request) -> web.Response:
-    app = request.config_dict
+    app = root(request)
     postgres = await _postgres(app[POOL])
     catalogue = app[CATALOGUE]
     degraded = postgres != "up" or app[LIMITER].state != "redis" or app[RECORDER].refusing
@@ -70,5 +70,5 @@ async def _postgres(pool: Pool) -> str:
 
 
 async def metrics(request: web.Request) -> web.Response:
-    page = await asyncio.to_thread(request.config_dict[METRICS].render)
+    page = await asyncio.to_thread(root(request)[METRICS].render)
     return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE})

@@ -5,7 +5,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from gateway.appkeys import CATALOGUE, EXCHANGE
+from gateway.appkeys import CATALOGUE, EXCHANGE, root
 from gateway.client import encode_json
 from gateway.protocol.errors import ModelNotFound
 
@@ -16,13 +16,13 @@ def routes() -> list[web.RouteDef]:
 
 
 async def list_models(request: web.Request) -> web.Response:
-    models = request.config_dict[CATALOGUE].models(_allowed(request))
+    models = root(request)[CATALOGUE].models(_allowed(request))
     return await _answer(request, {"object": "list", "data": [model.object() for model in models]})
 
 
 async def show_model(request: web.Request) -> web.Response:
     asked = request.match_info["id"]
-    for model in request.config_dict[CATALOGUE].models(_allowed(request)):
+    for model in root(request)[CATALOGUE].models(_allowed(request)):
         if model.id == asked:
             return await _answer(request, model.object())
     raise ModelNotFound(f"the model {asked[:128]!r} does not exist here, or this key may not use it", param="model")

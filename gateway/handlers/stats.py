@@ -13,7 +13,7 @@ from uuid import UUID
 import orjson
 from aiohttp import web
 
-from gateway.appkeys import POOL, SHIPPER
+from gateway.appkeys import POOL, SHIPPER, root
 from gateway.exchange import Principal
 from gateway.identity import MAX_LABEL, identify, tenant
 from gateway.protocol.checks import MAX_MODEL
@@ -47,7 +47,7 @@ async def stats(turns: Turns, request: web.Request) -> web.Response:
     group_by = _choice(query, "group_by", GROUP_BY, "")
     scope = _scope(principal, query, default_range="24h")
     async with turns.take(principal.account_id):
-        found = await read_stats(request.config_dict[POOL], scope, group_by or None)
+        found = await read_stats(root(request)[POOL], scope, group_by or None)
     if form == "csv":
         return await asyncio.to_thread(_stats_csv, found, group_by)
     body: dict[str, Any] = {
@@ -55,7 +55,7 @@ async def stats(turns: Turns, request: web.Request) -> web.Response:
         "since": found.begin,
         "until": found.end,
         "as_of": found.as_of,
-        "queued": request.config_dict[SHIPPER].queued,
+        "queued": root(request)[SHIPPER].queued,
         "totals": _figures(found.totals),
         "last_hour": _figures(found.last_hour),
         "top_models": [{"model": top.name, **_figures(top)} for top in found.top_models],
@@ -75,13 +75,13 @@ async def usage(turns: Turns, request: web.Request) -> web.Response:
     limit, cursor = _limit(query), _cursor(query)
     scope = _scope(principal, query, default_range="all")
     async with turns.take(principal.account_id):
-        found = await read_rows(request.config_dict[POOL], scope, cursor, limit + 1)
+        found = await read_rows(root(request)[POOL], scope, cursor, limit + 1)
     page, more = found[:limit], len(found) > limit
     next_cursor = page[-1].request_id if more else None
     # A thousand rows are five milliseconds of work as JSON and twenty as CSV: streams would feel it.
     if form == "csv":
         return await asyncio.to_thread(_rows_csv, page, next_cursor)
-    return await asyncio.to_thread(_page, page, next_cursor, request.config_dict[SHIPPER].queued)
+    return await asyncio.to_thread(_page, page, next_cursor, root(request)[SHIPPER].queued)
 
 
 # --- what was asked -----------------------------------------------------------------------------------------------
