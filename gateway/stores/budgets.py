@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from gateway.exchange import NO_BUDGET, Budget, Principal
 from gateway.protocol.errors import PermissionDenied, QuotaExhausted, RateLimited, Unavailable
 from gateway.protocol.pricing import Price
-from gateway.stores.payers import MOST_TOKENS, Payer, Shares, Tariff, day_ends, day_of, month_ends, payers_of
+from gateway.stores.payers import MOST_TOKENS, Payer, Payers, Shares, Tariff, day_ends, day_of, month_ends
 from gateway.stores.postgres import Pool
 from gateway.stores.reservations import SLICE as SLICE
 from gateway.stores.reservations import Ask, Keep, Look, Owe, Seed, Settle
@@ -35,6 +35,7 @@ from gateway.stores.spending import Spent, read_spent
 log = logging.getLogger(__name__)
 
 MAX_MICROS = 10**12  # of one exchange: a million dollars
+MAX_PAYERS = 10_000  # keys whose payers are remembered: 10 MB if each had three
 READERS = 2  # counters that are made from the ledger at once: a small part of the pool, which also looks up keys
 ATTEMPTS = 3  # to reserve; after each one counters that were missing are made
 
@@ -68,6 +69,7 @@ class Budgets:
         self._on_redis_down = on_redis_down
         self._clock = clock  # seconds since the epoch
         self._shares = Shares(nodes)
+        self._payers: dict[str, Payers] = {}  # by key id
         self._running: dict[str, Reservation] = {}  # by exchange id; until they are settled
         # What Redis is to be charged, without a hold: epoch, subject and day -> tokens, micros.
         self._owed: defaultdict[tuple[int, str, int], list[int]] = defaultdict(lambda: [0, 0])
@@ -78,7 +80,16 @@ class Budgets:
 
     def covers(self, principal: Principal) -> bool:
         """Whether the key, its account or the deployment has a budget."""
-        return bool(principal.budget or principal.account_budget or self._deployment)
+        return self._payers_of(principal).covered
+
+    def _payers_of(self, principal: Principal) -> Payers:
+        """Known since the key was changed last."""
+        payers = self._payers.get(principal.key_id)
+        if payers is None or payers.principal is not principal:
+            if len(self._payers) >= MAX_PAYERS:
+                self._payers.clear()
+            payers = self._payers[principal.key_id] = Payers(principal, self._deployment)
+        return payers
 
     async def reserve(
         self,
@@ -96,15 +107,14 @@ class Budgets:
         ledger. Raises QuotaExhausted (a budget), RateLimited (tokens a minute), PermissionDenied (a model without a
         price, where money is limited) and Unavailable. Then, and after a cancellation, nothing is charged.
         """
-        payers = payers_of(principal, self._deployment)
-        if price is None and any(payer.has_cost for payer in payers):
+        payers = self._payers_of(principal)
+        if price is None and payers.has_cost:
             raise PermissionDenied(
                 "no price is known for this model, so it cannot be held to a budget of dollars; the operator of this"
                 " gateway sets one under [prices]",
                 code="price_unknown",
             )
-        at = datetime.fromtimestamp(started_at, UTC)
-        reservation = Reservation(self, exchange_id, payers, at, Tariff.of(prompt_tokens, price))
+        reservation = Reservation(self, exchange_id, payers, started_at, Tariff.of(prompt_tokens, price))
         try:
             await self.grant(reservation, output_tokens)
         except BaseException:
@@ -161,17 +171,19 @@ class Budgets:
                 return
             if which != _UNKNOWN:
                 self._refuse(reservation, which, *rest)
-            await self._make([reservation.payers[number - 1] for number in rest], reservation.at)
+            started_at = datetime.fromtimestamp(reservation.started_at, UTC)
+            await self._make([reservation.payers.all[number - 1] for number in rest], started_at)
         else:
             raise _unavailable()
         self.grant_here(reservation, output)
 
     def _take(self, reservation: Reservation, output: int, numbers: Sequence[int]) -> None:
         granted, who, left, full_after, *remainders = numbers
-        for payer, tokens, micros in zip(reservation.payers, remainders[::2], remainders[1::2], strict=True):
-            self._shares.note(payer, reservation.day, tokens, micros)
-        if not reservation.granted and who:
-            limit = reservation.payers[who - 1].budget.tokens_per_minute
+        remainder = iter(remainders)
+        for payer in reservation.payers.all:
+            self._shares.note(payer, reservation.day, next(remainder), next(remainder))
+        if who and not reservation.granted:
+            limit = reservation.payers.all[who - 1].budget.tokens_per_minute
             # https://platform.openai.com/docs/guides/rate-limits
             reservation.headers["x-ratelimit-limit-tokens"] = str(limit)
             reservation.headers["x-ratelimit-remaining-tokens"] = str(left)
@@ -181,7 +193,7 @@ class Budgets:
     def _refuse(self, reservation: Reservation, which: int, number: int, detail: int) -> NoReturn:
         """`detail` is the budget that is exhausted, or µs until the payer's bucket has room."""
         reservation.told = False  # nothing was charged
-        payer = reservation.payers[number - 1]
+        payer = reservation.payers.all[number - 1]
         if which == _EXHAUSTED:
             raise self._exhausted(payer, detail)
         raise _too_fast(payer, detail / 1e6)
@@ -257,14 +269,14 @@ class Budgets:
         tokens, micros = _plausible(tokens, micros)
         if reservation.local and self._script.gone:
             more = tokens - reservation.tokens, micros - reservation.micros
-            self._shares.take(reservation.payers, *more, self._script.clock())
+            self._shares.take(reservation.payers.all, *more, self._script.clock())
         if reservation.epoch:
             owner = None if self._script.gone else reservation  # by then the ledger has it
             self._script.send(Settle(self._script, reservation.exchange_id, tokens, micros, owner))
             return
         if reservation.told:  # Redis may have charged it and could not say so
             self._script.send(Settle(self._script, reservation.exchange_id, 0, 0))
-        for payer in reservation.payers:
+        for payer in reservation.payers.all:
             if payer.counted and (tokens or micros):
                 owed = self._owed[self._script.epoch, payer.subject, reservation.day]
                 owed[0] += tokens
@@ -287,7 +299,7 @@ class Budgets:
         if self._on_redis_down == "open":
             reservation.take_here(output)
             return
-        now, payers, tariff = self._script.clock(), reservation.payers, reservation.tariff
+        now, payers, tariff = self._script.clock(), reservation.payers.all, reservation.tariff
         affordable = self._shares.affordable(payers, reservation.day, tariff, reservation.granted)
         granted = min(output, affordable or 0)
         if first and granted < 1:

@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from gateway.exchange import Principal
@@ -120,17 +120,20 @@ class Grants:
     def refusal(
         self, who: Principal, route: str, now: float, *, nodes: int = 1, slack: float = 0.0
     ) -> Admission | None:
-        """The answer when this process has granted a node's share of a limit by itself; None: there is room."""
-        limit, concurrent = _share(who.requests_per_minute, nodes), _share(who.concurrent_requests, nodes)
-        all_limit = _share(self._all_limit, nodes)
-        if limit and not (window := self._window_of(who.key_id)).has_room(limit, now, slack):
-            return self._full("requests_per_minute", who.requests_per_minute, window, limit, now)
-        if concurrent and self._concurrent.get(who.key_id, 0) >= concurrent:
-            return refused("concurrent_requests", who.concurrent_requests, 0.0, 0.0)
-        if all_limit and not self._all.has_room(all_limit, now, slack):
-            return self._full("global_requests_per_minute", self._all_limit, self._all, all_limit, now)
+        """The answer when this process has granted a node's share of a limit by itself; None: there is room.
+
+        A share is at least one, or its users would be locked out.
+        """
+        if limit := who.requests_per_minute:
+            window, share = self._window_of(who.key_id), limit // nodes or 1
+            if not window.has_room(share, now, slack):
+                return _full("requests_per_minute", limit, window, share, now)
+        if (limit := who.concurrent_requests) and self._concurrent.get(who.key_id, 0) >= (limit // nodes or 1):
+            return refused("concurrent_requests", limit, 0.0, 0.0)
+        if (limit := self._all_limit) and not self._all.has_room(share := limit // nodes or 1, now, slack):
+            return _full("global_requests_per_minute", limit, self._all, share, now)
         for reason, name, rate, burst in self._buckets_of(who, route):
-            wait = self._buckets.room_after(name, rate / nodes, _share(burst, nodes), now)
+            wait = self._buckets.room_after(name, rate / nodes, burst // nodes or 1, now)
             if wait > slack:
                 return refused(reason, burst, self._buckets.full_after(name, now), wait)
         return None
@@ -167,7 +170,7 @@ class Grants:
         if not who.requests_per_minute:
             return UNLIMITED._replace(local=True)
         window = self._window_of(who.key_id)
-        left = max(_share(who.requests_per_minute, nodes) - window.count(now), 0)
+        left = max((who.requests_per_minute // nodes or 1) - window.count(now), 0)
         return Admission(True, "", who.requests_per_minute, left, window.empty_after(now), local=True)
 
     def leases(self) -> list[tuple[str, str]]:
@@ -183,8 +186,10 @@ class Grants:
             del self._windows[key_id]
         self._buckets.forget_full(now)
 
-    def _buckets_of(self, who: Principal, route: str) -> list[tuple[Reason, str, float, int]]:
+    def _buckets_of(self, who: Principal, route: str) -> Sequence[tuple[Reason, str, float, int]]:
         """Which limit it is, its name, requests a second and burst."""
+        if not who.requests_per_second and route not in self._rates:
+            return ()
         buckets: list[tuple[Reason, str, float, int]] = []
         if who.requests_per_second:
             buckets.append(("requests_per_second", who.key_id, who.requests_per_second, max(who.burst, 1)))
@@ -202,13 +207,9 @@ class Grants:
             self._windows.move_to_end(key_id)
         return window
 
-    def _full(self, reason: Reason, limit: int, window: SlidingWindow, share: int, now: float) -> Admission:
-        return refused(reason, limit, window.empty_after(now), window.room_after(share, now))
 
-
-def _share(limit: int, nodes: int) -> int:
-    """What one of so many nodes may grant of a limit by itself: at least one, or its users would be locked out."""
-    return max(limit // nodes, 1) if limit else 0
+def _full(reason: Reason, limit: int, window: SlidingWindow, share: int, now: float) -> Admission:
+    return refused(reason, limit, window.empty_after(now), window.room_after(share, now))
 
 
 def refused(reason: Reason, limit: int, empty_after: float, room_after: float) -> Admission:

@@ -56,18 +56,17 @@ end
 
 -- --- operations --------------------------------------------------------------------------------------------------
 
--- Four integers: the limit that refused it (0: granted), what is left of the window of that limit (of the key's own,
--- when granted), µs until that window is empty or that bucket full again, and µs until it has room for one more (0:
--- granted, or not known).
-local function answer(which, left, empty_after, room_after)
-  return string.format("%d %d %.0f %.0f", which, left, math.ceil(empty_after), math.ceil(room_after))
+-- The limit that refused it, µs until that window is empty or that bucket full again, and µs until it has room for one
+-- more (0: not known).
+local function refusal(which, empty_after, room_after)
+  return string.format("%d %.0f %.0f", which, math.ceil(empty_after), math.ceil(room_after))
 end
 
 local ADMIT = "^(%S+) (%S+)" .. string.rep(" ([%d.]+)", 7) .. " (%S+) ([%d.]+) ([%d.]+)$"
 
 -- Key id; exchange id; window, µs; lease, µs; then limits, for each of which 0 is none: the key's requests a window; its
 -- concurrent requests; requests a window of all keys together; µs a request and burst of the key's bucket; route, µs a
--- request and burst of its bucket.
+-- request and burst of its bucket. Answers a refusal, or 0 and what is left of the key's requests a window.
 function operations.admit(words)
   local key, id, window, lease, limit, concurrent, all_limit, interval, burst, route, route_interval, route_burst =
     string.match(words, ADMIT)
@@ -78,26 +77,26 @@ function operations.admit(words)
 
   local taken = count_requests(requests, limit, window)
   if limit > 0 and taken >= limit then
-    return answer(REQUESTS, 0, ends_in(requests, -1, window), ends_in(requests, taken - limit, window))
+    return refusal(REQUESTS, ends_in(requests, -1, window), ends_in(requests, taken - limit, window))
   end
   if concurrent > 0 and count(leases, concurrent, now, now + lease + CLOCK_SKEW) >= concurrent then
-    return answer(CONCURRENT, 0, 0, 0) -- nobody knows when a request ends
+    return refusal(CONCURRENT, 0, 0) -- nobody knows when a request ends
   end
   local all_taken = count_requests(ALL, all_limit, window)
   if all_limit > 0 and all_taken >= all_limit then
-    return answer(ALL_REQUESTS, 0, ends_in(ALL, -1, window), ends_in(ALL, all_taken - all_limit, window))
+    return refusal(ALL_REQUESTS, ends_in(ALL, -1, window), ends_in(ALL, all_taken - all_limit, window))
   end
   local full_at, wait = bucket(rate, interval, tonumber(burst))
-  if wait >= 1 then return answer(RATE, 0, full_at - now, wait) end
+  if wait >= 1 then return refusal(RATE, full_at - now, wait) end
   local route_full_at, route_wait = bucket(route_rate, route_interval, tonumber(route_burst))
-  if route_wait >= 1 then return answer(ROUTE_RATE, 0, route_full_at - now, route_wait) end
+  if route_wait >= 1 then return refusal(ROUTE_RATE, route_full_at - now, route_wait) end
 
   if limit > 0 then record_request(requests, id, window) end
   if concurrent > 0 then renew(leases, id, lease) end
   if all_limit > 0 then record_request(ALL, id, window) end
   if interval > 0 then take(rate, full_at + interval) end
   if route_interval > 0 then take(route_rate, route_full_at + route_interval) end
-  return answer(0, math.max(limit - taken - 1, 0), limit > 0 and window or 0, 0)
+  return string.format("0 %d", math.max(limit - taken - 1, 0))
 end
 
 -- Key id; exchange id; lease, µs.

@@ -11,11 +11,11 @@ Rule 2: a slot is never lost. Whatever Redis may have recorded for a request tha
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 from gateway.exchange import Principal
-from gateway.stores.grants import UNLIMITED, Admission, Grants, Reason, refused
+from gateway.stores.grants import MAX_KEYS, UNLIMITED, Admission, Grants, Reason, refused
 from gateway.stores.script import TIMEOUT, OnRedisDown, Operation, RedisScript
 
 State = Literal["redis", "local", "open", "closed"]
@@ -54,6 +54,7 @@ class Limiter:
         self._on_redis_down = on_redis_down
         self._window = window
         self._grants = Grants(window, global_per_minute, rates)
+        self._words: dict[tuple[str, str], tuple[Principal, str]] = {}  # by key id and route: `words_of`
         script.beats.append(self._renew_leases)
 
     @property
@@ -76,7 +77,15 @@ class Limiter:
         refusal = self._grants.refusal(principal, route, now, slack=TIMEOUT)
         if refusal is not None:
             return refusal
-        return await self._ask(_Admit(self, principal, route, exchange_id, now))
+        ask = _Admit(self, principal, route, exchange_id, now)
+        self._script.send(ask)
+        try:
+            return await ask.answer
+        except asyncio.CancelledError:
+            # Between the answer and its reader. Cancelled earlier than that, and the answer will find nobody waiting.
+            if not ask.answer.cancelled():
+                self.release(principal, exchange_id)
+            raise
 
     def release(self, principal: Principal, exchange_id: str) -> None:
         """Gives back what `admit` granted. Never waits and never raises; after a refusal, or again, it does nothing."""
@@ -95,51 +104,41 @@ class Limiter:
 
     # --- with Redis ---
 
-    async def _ask(self, ask: "_Admit") -> Admission:
-        self._script.send(ask)
-        try:
-            return await ask.answer
-        except asyncio.CancelledError:
-            # Between the answer and its reader. Cancelled earlier than that, and the answer will find nobody waiting.
-            if not ask.answer.cancelled():
-                self.release(ask.who, ask.exchange_id)
-            raise
-
-    def line_of(self, ask: "_Admit") -> str:
-        """What limits.lua reads of an "admit"."""
-        who = ask.who
-        route_rate, route_burst = self._rates.get(ask.route, (0.0, 0))
-        return (
-            f"admit {who.key_id} {ask.exchange_id} {self._window * 1e6:.0f} {self._script.lease * 1e6:.0f}"
+    def words_of(self, who: Principal, route: str) -> str:
+        """What limits.lua reads of an "admit" after the ids: the same for all that one key asks of one route."""
+        known = self._words.get((who.key_id, route))
+        if known is not None and known[0] is who:
+            return known[1]
+        if len(self._words) >= MAX_KEYS:
+            self._words.clear()
+        route_rate, route_burst = self._rates.get(route, (0.0, 0))
+        words = (
+            f"{self._window * 1e6:.0f} {self._script.lease * 1e6:.0f}"
             f" {who.requests_per_minute} {who.concurrent_requests} {self._all_limit}"
             f" {_interval(who.requests_per_second)} {max(who.burst, 1)}"
-            f" {ask.route or '-'} {_interval(route_rate)} {max(route_burst, 1)}"
+            f" {route or '-'} {_interval(route_rate)} {max(route_burst, 1)}"
         )
+        self._words[who.key_id, route] = (who, words)
+        return words
 
-    def settle(self, ask: "_Admit", numbers: Sequence[int]) -> None:
-        """Redis's answer to it."""
+    def settle(self, ask: "_Admit", answer: str) -> None:
+        """Redis's answer to it: 0, and what is left of its key's window, when it was granted; else which limit refused
+        it, by its number in limits.lua, and µs until the window is empty and until it has room."""
         if ask.answer.done():
             self._abandon(ask)
-            return
-        admission = self._admission(ask.who, ask.route, *numbers)
-        if admission.granted:
+        elif answer.startswith("0 "):
+            limit = ask.who.requests_per_minute
             self._grants.record(ask.who, ask.route, ask.exchange_id, ask.asked)
-        ask.answer.set_result(admission)
+            ask.answer.set_result(Admission(True, "", limit, int(answer[2:]), self._window if limit else 0.0))
+        else:
+            which, empty_after, room_after = map(int, answer.split())
+            limit = self._limit(ask.who, ask.route, which)
+            ask.answer.set_result(refused(_REASONS[which], limit, empty_after / 1e6, room_after / 1e6))
 
-    def _admission(
-        self, who: Principal, route: str, which: int, remaining: int, empty_after: int, room_after: int
-    ) -> Admission:
-        """`which` limit refused it, by its number in limits.lua; 0: none."""
-        if not which:
-            return Admission(True, "", who.requests_per_minute, remaining, empty_after / 1e6)
-        limits = (
-            who.requests_per_minute,
-            who.concurrent_requests,
-            self._all_limit,
-            max(who.burst, 1),
-            self._rates[route][1] if route in self._rates else 0,
-        )
-        return refused(_REASONS[which], limits[which - 1], empty_after / 1e6, room_after / 1e6)
+    def _limit(self, who: Principal, route: str, which: int) -> int:
+        of_route = self._rates[route][1] if route in self._rates else 0
+        limits = who.requests_per_minute, who.concurrent_requests, self._all_limit, max(who.burst, 1), of_route
+        return limits[which - 1]
 
     def _renew_leases(self) -> None:
         for exchange_id, _ in self._grants.leases():
@@ -201,14 +200,14 @@ class _Admit(Operation):
         self.answer: asyncio.Future[Admission] = asyncio.get_running_loop().create_future()
 
     def line(self) -> str:
-        return self._limiter.line_of(self)
+        return f"admit {self.who.key_id} {self.exchange_id} {self._limiter.words_of(self.who, self.route)}"
 
     def wanted(self) -> bool:
         """Not when who asked has left meanwhile."""
         return not self.answer.done()
 
-    def answered(self, numbers: Sequence[int]) -> None:
-        self._limiter.settle(self, numbers)
+    def answered(self, answer: str) -> None:
+        self._limiter.settle(self, answer)
 
     def lost(self) -> None:
         self._limiter.decide(self)
@@ -242,7 +241,7 @@ class _Release(Operation):
 
     def wanted(self) -> bool:
         """After an outage as long as a lease Redis holds none."""
-        return self._script.gone_for < self._script.lease
+        return not self._script.gone or self._script.gone_for < self._script.lease
 
     def lost(self) -> None:
         self._script.send(self)

@@ -2,8 +2,8 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import NamedTuple
 
 from gateway.exchange import Budget, Principal
@@ -18,43 +18,51 @@ _MOST = 2**53 - 1  # what Lua counts exactly
 _NO_LIMIT = 2**62
 
 
-class Payer(NamedTuple):
+class Payer:
     """A key (`k:` and its id), an account (`a:` and its id) or the deployment (`all`), with its budget."""
 
-    subject: str
-    budget: Budget
+    __slots__ = ("budget", "counted", "has_cost", "subject")
 
-    @property
-    def counted(self) -> bool:
-        """Whether what it spends must be known; a limit of tokens a minute alone needs no more than its bucket."""
-        return bool(self.budget.tokens_per_day or self.has_cost)
-
-    @property
-    def has_cost(self) -> bool:
-        return bool(self.budget.cost_per_day or self.budget.cost_per_month)
-
-    def words(self) -> str:
-        """As budgets.lua reads it of a "reserve"."""
-        budget = self.budget
-        limits = (budget.tokens_per_minute, budget.tokens_per_day, budget.cost_per_day, budget.cost_per_month)
-        return f"{self.subject} {' '.join([str(min(limit, _MOST)) for limit in limits])}"
-
-    def hold_words(self) -> str:
-        return f"{self.subject} {min(self.budget.tokens_per_minute, _MOST)} {self.counted:d}"
+    def __init__(self, subject: str, budget: Budget) -> None:
+        self.subject = subject
+        self.budget = budget
+        self.has_cost = bool(budget.cost_per_day or budget.cost_per_month)
+        # Whether what it spends must be known; a limit of tokens a minute alone needs no more than its bucket.
+        self.counted = bool(budget.tokens_per_day or self.has_cost)
 
 
-def payers_of(principal: Principal, deployment: Budget) -> tuple[Payer, ...]:
-    """Those that have a budget."""
-    payers = (
-        Payer(f"k:{principal.key_id}", principal.budget),
-        Payer(f"a:{principal.account_id}", principal.account_budget),
-        Payer(DEPLOYMENT, deployment),
-    )
-    return tuple(payer for payer in payers if payer.budget)
+class Payers:
+    """Those who pay for what one key asks, and have a budget; made once for each key. Never changed."""
+
+    __slots__ = ("all", "binding", "covered", "has_cost", "hold_words", "principal", "words")
+
+    def __init__(self, principal: Principal, deployment: Budget) -> None:
+        self.principal = principal
+        payers = (
+            Payer(f"k:{principal.key_id}", principal.budget),
+            Payer(f"a:{principal.account_id}", principal.account_budget),
+            Payer(DEPLOYMENT, deployment),
+        )
+        self.all = tuple(payer for payer in payers if payer.budget)
+        self.covered = bool(self.all)
+        self.has_cost = any(payer.has_cost for payer in self.all)
+        self.binding = any(payer.counted for payer in self.all)  # not only by limits of tokens a minute
+        # As budgets.lua reads them of a "reserve", and of a hold.
+        self.words = " ".join([_words(payer) for payer in self.all])
+        self.hold_words = " ".join([_hold_words(payer) for payer in self.all])
 
 
-@dataclass(frozen=True, slots=True)
-class Tariff:
+def _words(payer: Payer) -> str:
+    budget = payer.budget
+    limits = (budget.tokens_per_minute, budget.tokens_per_day, budget.cost_per_day, budget.cost_per_month)
+    return f"{payer.subject} {' '.join([str(min(limit, _MOST)) for limit in limits])}"
+
+
+def _hold_words(payer: Payer) -> str:
+    return f"{payer.subject} {min(payer.budget.tokens_per_minute, _MOST)} {payer.counted:d}"
+
+
+class Tariff(NamedTuple):
     """What an exchange costs by its output, rounded up."""
 
     prompt_tokens: int
@@ -64,10 +72,12 @@ class Tariff:
     @classmethod
     def of(cls, prompt_tokens: int, price: Price | None) -> "Tariff":
         """The dearest that it can be: all of the prompt written to the provider's cache, all of the output thought."""
-        prompt_tokens = min(prompt_tokens, MOST_TOKENS)
+        if prompt_tokens > MOST_TOKENS:
+            prompt_tokens = MOST_TOKENS
         if price is None:
             return cls(prompt_tokens)
-        price = price.for_prompt(prompt_tokens)
+        if price.tiers:
+            price = price.for_prompt(prompt_tokens)
         prompt_micros = -(-prompt_tokens * max(price.input, price.cache_write) // PICO)
         return cls(prompt_tokens, prompt_micros, max(price.output, price.reasoning))
 
@@ -91,10 +101,10 @@ class Tariff:
 class _Share:
     __slots__ = ("day", "micros", "own", "tokens")
 
-    def __init__(self, day: int, tokens: int, micros: int) -> None:
-        self.day = day
-        self.tokens = tokens
-        self.micros = micros
+    def __init__(self) -> None:
+        self.day = 0
+        self.tokens = 0
+        self.micros = 0
         self.own = False  # divided among the nodes
 
 
@@ -113,14 +123,18 @@ class Shares:
         """What Redis said; below 0: no limit."""
         if not payer.counted:
             return
-        known = self._shares.get(payer.subject)
-        if known is not None and known.day > day:
+        share = self._shares.get(payer.subject)
+        if share is None:
+            share = self._shares[payer.subject] = _Share()
+            if len(self._shares) > MAX_SHARES:
+                self._shares.popitem(last=False)
+        elif share.day > day:
             return  # of a stream that began yesterday
-        share = _Share(day, tokens if tokens >= 0 else _NO_LIMIT, micros if micros >= 0 else _NO_LIMIT)
-        self._shares[payer.subject] = share
-        self._shares.move_to_end(payer.subject)
-        if len(self._shares) > MAX_SHARES:
-            self._shares.popitem(last=False)
+        else:
+            self._shares.move_to_end(payer.subject)
+        share.day, share.own = day, False
+        share.tokens = tokens if tokens >= 0 else _NO_LIMIT
+        share.micros = micros if micros >= 0 else _NO_LIMIT
 
     def affordable(self, payers: Sequence[Payer], day: int, tariff: Tariff, granted: int) -> int | None:
         """Tokens of output, in all, when so many were granted before (0: none, nor the prompt).
@@ -181,6 +195,17 @@ class Shares:
 def day_of(at: datetime) -> int:
     """YYYYMMDD of an aware time in UTC."""
     return (at.year * 100 + at.month) * 100 + at.day
+
+
+def day_at(seconds: float) -> int:
+    """The same of a time in seconds since the epoch."""
+    return _day(int(seconds // 86400))
+
+
+@lru_cache(2)
+def _day(number: int) -> int:
+    """Of the day that comes so many days after 1970-01-01."""
+    return day_of(datetime(1970, 1, 1, tzinfo=UTC) + timedelta(number))
 
 
 def day_ends(at: datetime) -> datetime:

@@ -2,12 +2,11 @@
 
 import asyncio
 from collections.abc import Sequence
-from datetime import datetime
 from typing import TYPE_CHECKING
 
 from gateway.exchange import new_id
 from gateway.protocol.errors import Unavailable
-from gateway.stores.payers import Payer, Tariff, day_of
+from gateway.stores.payers import Payers, Tariff, day_at
 from gateway.stores.script import Operation, RedisScript
 from gateway.stores.spending import Spent
 
@@ -21,18 +20,16 @@ class Reservation:
     """What an exchange may still use. Made by `Budgets.reserve`, used by the relay, settled by the recorder."""
 
     __slots__ = (
-        "_asked", "_budgets", "_mark", "_settled", "at", "day", "epoch", "exchange_id", "granted", "headers", "local",
-        "payers", "tariff", "told",
+        "_asked", "_budgets", "_mark", "_settled", "day", "epoch", "exchange_id", "granted", "headers", "local",
+        "payers", "started_at", "tariff", "told",
     )  # fmt: skip
 
-    def __init__(
-        self, budgets: "Budgets", exchange_id: str, payers: tuple[Payer, ...], at: datetime, tariff: Tariff
-    ) -> None:
+    def __init__(self, budgets: "Budgets", exchange_id: str, payers: Payers, started_at: float, tariff: Tariff) -> None:
         self._budgets = budgets
         self.exchange_id = exchange_id
         self.payers = payers
-        self.at = at  # when the exchange began
-        self.day = day_of(at)
+        self.started_at = started_at  # when the exchange began, seconds since the epoch
+        self.day = day_at(started_at)
         self.tariff = tariff
         self.granted = 0  # output tokens that may pass, in all; grows
         self.headers: dict[str, str] = {}  # x-ratelimit-*-tokens, of the payer nearest to its tokens a minute
@@ -55,7 +52,7 @@ class Reservation:
     @property
     def binding(self) -> bool:
         """Whether there is a budget to hold it to, and not only a limit of tokens a minute."""
-        return any(payer.counted for payer in self.payers)
+        return self.payers.binding
 
     @property
     def settled(self) -> bool:
@@ -95,8 +92,7 @@ class Reservation:
     def take(self, granted: int, wanted: int, epoch: int) -> None:
         """Redis granted so much, in all, and has a hold of it."""
         if granted >= self.granted:
-            self.epoch = epoch
-        self.granted = max(granted, self.granted)
+            self.granted, self.epoch = granted, epoch
         self._mark = self._half_left() if granted >= wanted else self.granted
 
     def take_here(self, granted: int) -> None:
@@ -123,15 +119,35 @@ class Reservation:
 # --- what Redis is asked ------------------------------------------------------------------------------------------
 
 
-class Ask(Operation):
-    """For so much output, in all. The answer is the script's; None: Redis is gone."""
+class _Question(Operation):
+    """`answer` is the script's; None: Redis is gone."""
 
-    __slots__ = ("_output", "_reservation", "answer")
+    __slots__ = ("answer",)
+
+    def __init__(self) -> None:
+        self.answer: asyncio.Future[Sequence[int] | None] = asyncio.get_running_loop().create_future()
+
+    def wanted(self) -> bool:
+        return not self.answer.done()
+
+    def answered(self, answer: str) -> None:
+        if not self.answer.done():
+            self.answer.set_result(list(map(int, answer.split())))
+
+    def lost(self) -> None:
+        if not self.answer.done():
+            self.answer.set_result(None)
+
+
+class Ask(_Question):
+    """For so much output, in all."""
+
+    __slots__ = ("_output", "_reservation")
 
     def __init__(self, reservation: Reservation, output: int) -> None:
+        super().__init__()
         self._reservation = reservation
         self._output = output
-        self.answer: asyncio.Future[Sequence[int] | None] = asyncio.get_running_loop().create_future()
 
     def line(self) -> str:
         reservation, tariff = self._reservation, self._reservation.tariff
@@ -139,19 +155,8 @@ class Ask(Operation):
         return (
             f"{'extend' if reservation.granted else 'reserve'} {reservation.exchange_id} {reservation.day}"
             f" {tariff.prompt_tokens} {self._output} {tariff.prompt_micros} {tariff.output_micros(self._output)}"
-            f" {' '.join([payer.words() for payer in reservation.payers])}"
+            f" {reservation.payers.words}"
         )
-
-    def wanted(self) -> bool:
-        return not self.answer.done()
-
-    def answered(self, numbers: Sequence[int]) -> None:
-        if not self.answer.done():
-            self.answer.set_result(numbers)
-
-    def lost(self) -> None:
-        if not self.answer.done():
-            self.answer.set_result(None)
 
 
 class Keep(Operation):
@@ -168,14 +173,14 @@ class Keep(Operation):
         reservation.told = True
         return (
             f"keep {reservation.exchange_id} {reservation.day} {reservation.tokens} {reservation.micros}"
-            f" {_hold_words(reservation)}"
+            f" {reservation.payers.hold_words}"
         )
 
     def wanted(self) -> bool:
         return not self._reservation.settled
 
-    def answered(self, numbers: Sequence[int]) -> None:
-        if numbers[0]:
+    def answered(self, answer: str) -> None:
+        if int(answer):
             self._reservation.epoch = self._script.epoch
 
 
@@ -196,7 +201,7 @@ class Settle(Operation):
     def line(self) -> str:
         words = f"settle {self._exchange_id} {self._tokens} {self._micros}"
         held = self._reservation
-        return f"{words} {held.epoch} {held.day} {_hold_words(held)}" if held else words
+        return f"{words} {held.epoch} {held.day} {held.payers.hold_words}" if held else words
 
     def lost(self) -> None:
         self._reservation = None  # when Redis is back without its memory, the ledger has it
@@ -231,29 +236,14 @@ class Seed(Operation):
         return self._words
 
 
-class Look(Operation):
-    """What a payer spent; None: Redis does not know, or is gone."""
+class Look(_Question):
+    """What a payer spent; nothing: Redis does not know."""
 
-    __slots__ = ("_words", "answer")
+    __slots__ = ("_words",)
 
     def __init__(self, subject: str, day: int) -> None:
+        super().__init__()
         self._words = f"spent {subject} {day}"
-        self.answer: asyncio.Future[Sequence[int] | None] = asyncio.get_running_loop().create_future()
 
     def line(self) -> str:
         return self._words
-
-    def wanted(self) -> bool:
-        return not self.answer.done()
-
-    def answered(self, numbers: Sequence[int]) -> None:
-        if not self.answer.done():
-            self.answer.set_result(numbers or None)
-
-    def lost(self) -> None:
-        if not self.answer.done():
-            self.answer.set_result(None)
-
-
-def _hold_words(reservation: Reservation) -> str:
-    return " ".join([payer.hold_words() for payer in reservation.payers])

@@ -6,9 +6,9 @@
 -- that begins by removing something is let through. It takes Redis 7 or Valkey.
 -- https://redis.io/docs/latest/develop/programmability/lua-api/#script_flags
 --
--- ARGV[1]  the server's run id when it did not know this script, else empty: another run may have lost its memory
--- ARGV[2]  a line for each operation: its name, a space, and words
--- ARGV[3]  and on: the payloads of those operations that carry one, in their order
+-- ARGV[1]  the run id of the server, as it was when the connection was opened
+-- ARGV[2]  "new" in the first call on a connection, else empty: another run may have lost its memory
+-- ARGV[3]  a line for each operation: its name, a space, and words
 --
 -- aig:epoch   when the memory of this server began, as far as we can rely on it, µs
 -- aig:server  the run of the server that this memory is of
@@ -30,18 +30,11 @@ local function whole(number)
   return string.format("%.0f", number)
 end
 
-local epoch = redis.call("GET", "aig:epoch")
-local server = ARGV[1]
-if not epoch or server ~= "" and redis.call("GET", "aig:server") ~= server then
+local epoch, server = redis.call("GET", "aig:epoch"), ARGV[1]
+if not epoch or ARGV[2] == "new" and redis.call("GET", "aig:server") ~= server then
   epoch = whole(now)
   redis.call("SET", "aig:epoch", epoch)
-end
-if server ~= "" then redis.call("SET", "aig:server", server) end
-
-local payloads = 2
-local function payload() -- of the operation that asks for it
-  payloads = payloads + 1
-  return ARGV[payloads]
+  redis.call("SET", "aig:server", server)
 end
 
 local operations = {}
@@ -50,7 +43,7 @@ function operations.probe() end
 
 local function answers()
   local lines = {epoch}
-  for name, words in string.gmatch(ARGV[2], "(%S+) ([^\n]*)") do
+  for name, words in string.gmatch(ARGV[3], "(%S+) ([^\n]*)") do
     lines[#lines + 1] = operations[name](words) or ""
   end
   return table.concat(lines, "\n")

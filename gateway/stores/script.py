@@ -10,19 +10,21 @@ each operation is told, and whoever asked goes on without Redis, until a probe i
 """
 
 import asyncio
-import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import resources
-from typing import Any, Literal
+from time import monotonic
+from typing import Literal
 
-from redis import exceptions
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError
+
+from gateway.stores.script_connection import ScriptConnection, kind_of, open_connection
 
 log = logging.getLogger(__name__)
 
@@ -55,19 +57,13 @@ def _lua(name: str) -> str:
     return resources.files("gateway.stores").joinpath(name).read_text("utf-8")
 
 
-_SCRIPT = "\n".join([_lua("script.lua"), _lua("limits.lua"), _lua("budgets.lua"), "return answers()"])
-_SHA = hashlib.sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()  # the name that EVALSHA knows it by
+_SCRIPT = "\n".join([_lua("script.lua"), _lua("limits.lua"), _lua("budgets.lua"), "return answers()"]).encode()
 
 
 class Operation:
     """One line of what the script is asked. Each is told once what became of it, and must not raise."""
 
     __slots__ = ()
-
-    @property
-    def payload(self) -> bytes | None:
-        """Bytes that cannot be a word of a line."""
-        return None
 
     def line(self) -> str:
         """The operation's name, a space, and its words; there is no white space in ids."""
@@ -77,8 +73,8 @@ class Operation:
         """Asked just before it is sent, and now and then while Redis is gone; false: it is forgotten."""
         return True
 
-    def answered(self, numbers: Sequence[int]) -> None:
-        """What the script answered."""
+    def answered(self, answer: str) -> None:
+        """What the script answered: integers with a space between them, or nothing."""
 
     def lost(self) -> None:
         """Redis is gone, and may have done it or not. What it must hear of later is sent again, here."""
@@ -87,27 +83,19 @@ class Operation:
 class _Probe(Operation):
     """A call of the script that asks nothing; it is refused by a replica and by a server that is out of memory."""
 
+    __slots__ = ("over",)
+
+    def __init__(self) -> None:
+        self.over = asyncio.Event()
+
     def line(self) -> str:
         return "probe -"
 
+    def answered(self, answer: str) -> None:
+        self.over.set()
 
-_PROBE = _Probe()
-
-# The first that fits; for MISCONF and all else redis-py has no class.
-_KINDS: tuple[tuple[type[Exception], str], ...] = (
-    (TimeoutError, "timeout"),
-    (exceptions.TimeoutError, "timeout"),
-    (exceptions.BusyLoadingError, "loading"),
-    (exceptions.ConnectionError, "connection"),
-    (OSError, "connection"),
-    (exceptions.ReadOnlyError, "readonly"),
-    (exceptions.OutOfMemoryError, "oom"),
-    (exceptions.MovedError, "moved"),
-)
-
-
-def _kind(error: BaseException) -> str:
-    return next((kind for cls, kind in _KINDS if isinstance(error, cls)), "error")
+    def lost(self) -> None:
+        self.over.set()
 
 
 class RedisScript:
@@ -134,14 +122,17 @@ class RedisScript:
         self.epoch = 0  # of Redis's memory: another number than before says that it was lost; 0: not known yet
         self._queue: deque[Operation] = deque()  # not sent yet; without Redis, what it is to hear once it is back
         self._due: deque[Operation] = deque()  # what can wait
-        self._sender: asyncio.Task[None] | None = None  # lives while there is something to send; awaited by close
-        self._lost = asyncio.Event()  # Redis is gone
+        self._quiet = asyncio.Event()  # no trip is under way, and none will be until something is asked
+        self._quiet.set()
+        self._trip: Sequence[Operation] = ()  # under way
+        self._ends = 0.0  # when its time is up, seconds, monotonic
+        self._timer: asyncio.TimerHandle | None = None  # looks at that; one, however many trips are made
+        self._connection: ScriptConnection | None = None  # closed by `close`
+        self._opening: asyncio.Task[None] | None = None  # the connection for the trip; ends with it
+        self.gone = False  # Redis is
+        self._lost = asyncio.Event()  # the same, for `run` to wait for
         self._lost_at = 0.0  # seconds, by `clock`
         self._pause = FIRST_PAUSE
-
-    @property
-    def gone(self) -> bool:
-        return self._lost.is_set()
 
     @property
     def gone_for(self) -> float:
@@ -180,115 +171,182 @@ class RedisScript:
                 async with asyncio.timeout(self.lease / 3):
                     await self._lost.wait()
 
-    async def close(self) -> None:
+    async def heard(self) -> None:
         """Returns when Redis has heard all that was sent, if it is there."""
-        while self._sender is not None:
-            await asyncio.wait({self._sender})
+        await self._quiet.wait()
+
+    async def close(self) -> None:
+        """Likewise; then the connection is closed."""
+        await self.heard()
+        if self._opening is not None:
+            await asyncio.wait({self._opening})
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._connection is not None:
+            await self._connection.close()
 
     def _beat(self) -> None:
         """Also with nothing to renew: a gateway that idles sees that Redis is gone before a request does."""
         for beat in self.beats:
             beat()
-        self.send(_PROBE)
+        self.send(_Probe())
 
     # --- with Redis ---
 
     def _start(self) -> None:
-        if self._sender is None and not self.gone:
-            # A task begins in the next turn of the loop; by then the queue has all that was asked in this one.
-            self._sender = asyncio.get_running_loop().create_task(self._send_all())
+        if self._quiet.is_set() and not self.gone:
+            self._quiet.clear()
+            # In the next turn of the loop: by then the queue has all that was asked in this one.
+            asyncio.get_running_loop().call_soon(self._go_on)
 
-    async def _send_all(self) -> None:
-        try:
-            while (self._queue or self._due) and not self.gone:
-                await self._round_trip(self._next_batch())
-        finally:
-            self._sender = None
+    def _go_on(self) -> None:
+        """With what is asked now; until there is nothing, or no Redis."""
+        batch: list[Operation] = []
+        while not batch and (self._queue or self._due):
+            batch = self._next_batch()
+        if batch:
+            self._set_out(batch)
+        else:
+            self._quiet.set()
 
     def _next_batch(self) -> list[Operation]:
-        batch = [self._queue.popleft() for _ in range(min(len(self._queue), MAX_OPERATIONS))]
-        batch += [self._due.popleft() for _ in range(min(len(self._due), MAX_RENEWALS))]
+        batch = _taken(self._queue, MAX_OPERATIONS)
+        if self._due:
+            batch += _taken(self._due, MAX_RENEWALS)
         return [operation for operation in batch if operation.wanted()]
 
-    async def _round_trip(self, batch: Sequence[Operation]) -> None:
-        if not batch:
+    def _set_out(self, batch: Sequence[Operation]) -> None:
+        self._quiet.clear()
+        self._trip = batch
+        self._ends = monotonic() + TIMEOUT
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(TIMEOUT, self._look)
+        if self._connection is not None and self._connection.is_open:
+            self._connection.call(_lines(batch), self._told)
+        else:
+            self._open()
+
+    def _told(self, answer: bytes | Exception) -> None:
+        """What Redis says to the trip under way."""
+        if isinstance(answer, NoScriptError):
+            self._open()
             return
         try:
-            answers = await self._evaluate(batch)
-        except BaseException as error:
-            # Whatever the client library raises, and when the loop is shut down: nobody is left waiting. It is counted.
-            self._lose(error, batch)
-            if not isinstance(error, Exception):
-                raise
-        else:
-            for operation, numbers in zip(batch, answers, strict=True):
-                operation.answered(numbers)
-
-    async def _evaluate(self, batch: Sequence[Operation]) -> list[list[int]]:
-        """One round trip. Raises TimeoutError, ValueError for an answer that is not our script's, and whatever the
-        client library does."""
-        lines = "\n".join([operation.line() for operation in batch])
-        payloads = [operation.payload for operation in batch if operation.payload is not None]
-        async with asyncio.timeout(None) as deadline:
-            timer = asyncio.get_running_loop().call_later(TIMEOUT, _expire, deadline)
-            try:
-                reply = await self._evalsha(lines, *payloads)
-            finally:
-                timer.cancel()
-        return self._read(reply, len(batch))
-
-    async def _evalsha(self, *arguments: str | bytes) -> Any:
-        evalsha: Callable[..., Awaitable[Any]] = self._redis.evalsha  # redis-py's own type is that of both its clients
+            lines = self._read(answer)
+        except Exception as error:  # whatever kept Redis from it, and what is no answer of our script's; counted
+            self._lose(error)
+            return
+        trip, self._trip = self._trip, ()
+        if self.gone:
+            log.info("Redis is back after %.1f s", self.gone_for)
+            self.gone = False
+            self._lost.clear()  # `run` goes on with a beat
         try:
-            return await evalsha(_SHA, 0, "", *arguments)
-        except exceptions.NoScriptError:
-            # A server that was restarted, or that we failed over to: what it remembers may be old. Or a script that is
-            # new to it: then it is the server that it was.
-            server = (await self._redis.info("server")).get("run_id") or "unknown"
-            evaluate: Callable[..., Awaitable[Any]] = self._redis.eval
-            return await evaluate(_SCRIPT, 0, server, *arguments)
+            for operation, line in zip(trip, lines, strict=True):
+                operation.answered(line)
+        finally:
+            # After all whom that woke: what they ask now shares the next trip.
+            asyncio.get_running_loop().call_soon(self._go_on)
 
-    def _read(self, reply: Any, expected: int) -> list[list[int]]:
-        first, *lines = reply.split(b"\n")
-        epoch, answers = int(first), [[int(word) for word in line.split()] for line in lines]
-        if len(answers) != expected:
-            raise ValueError(f"{len(answers)} answers to {expected} operations")
+    def _read(self, answer: bytes | Exception) -> list[str]:
+        """A line for each operation of the trip. Raises what Redis refused it with, and ValueError."""
+        if isinstance(answer, Exception):
+            raise answer
+        first, *lines = answer.decode("ascii").split("\n")
+        epoch = int(first)
+        if len(lines) != len(self._trip):
+            raise ValueError(f"{len(lines)} answers to {len(self._trip)} operations")
         if epoch != self.epoch:
             known, self.epoch = self.epoch, epoch
             if known:
                 log.warning("Redis has lost its memory, or may have")
-                self._beat()
-        return answers
+                if not self.gone:
+                    self._beat()
+        return lines
 
-    # --- without Redis ---
+    # --- connections ---
 
-    def _lose(self, error: BaseException, sent: Sequence[Operation]) -> None:
+    def _open(self) -> None:
+        self._opening = asyncio.get_running_loop().create_task(self._open_and_ask(self._trip))
+
+    async def _open_and_ask(self, trip: Sequence[Operation]) -> None:
+        """On a new connection, to a server that may not know the script: one that was restarted, or that we failed over
+        to. What it remembers may be old, which the script finds out by the server's run id."""
+        try:
+            if self._connection is not None:
+                await self._connection.close()
+            if self.gone:  # those of others may lead to a server that is a replica now
+                await self._redis.connection_pool.disconnect(inuse_connections=False)
+            connection = await open_connection(self._redis, _SCRIPT)
+        except BaseException as error:
+            # Whatever the client library raises, and when the loop is shut down: nobody is left waiting. It is counted.
+            if trip is self._trip:
+                self._lose(error)
+            if not isinstance(error, Exception):
+                raise
+            return
+        if trip is not self._trip:  # its time was up in the same moment
+            await connection.close()
+            return
+        self._connection = connection
+        connection.call(_lines(trip), self._told)
+
+    # --- a Redis that does not answer ---
+
+    def _look(self) -> None:
+        """Whether the time of a trip is up; ends with the first look that finds none under way."""
+        self._timer = None
+        if not self._trip:
+            return
+        loop, left = asyncio.get_running_loop(), self._ends - monotonic()
+        if left > 0:
+            self._timer = loop.call_later(left, self._look)
+        else:
+            # A loop that was held up finds the time over and an unread answer, which comes first.
+            self._timer = loop.call_later(0.001, self._expire, self._trip)
+
+    def _expire(self, trip: Sequence[Operation]) -> None:
+        if trip is self._trip:
+            self._lose(TimeoutError())
+        self._look()
+
+    def _lose(self, error: BaseException) -> None:
         """Redis is gone. Those who wait are told now, what it must hear of waits for its return."""
-        self._on_error(_kind(error))
-        if not self.gone:
+        self._on_error(kind_of(error))
+        if self._connection is not None:
+            self._connection.abort()
+        if self._opening is not None:
+            self._opening.cancel()
+        operations, self._trip = self._trip, ()
+        if self.gone:
+            self._pause = min(self._pause * 2, LONGEST_PAUSE)
+            self._queue = deque(operation for operation in self._queue if operation.wanted())
+        else:
             self._lost_at, self._pause = self.clock(), FIRST_PAUSE
+            self.gone = True
             self._lost.set()
-            log.warning("Redis is gone (%s)", _kind(error))
-        operations = [*sent, *self._queue]
-        self._queue.clear()
-        self._due.clear()
+            log.warning("Redis is gone (%s)", kind_of(error))
+            operations = [*operations, *self._queue]
+            self._queue.clear()
+            self._due.clear()
+        self._quiet.set()
         for operation in operations:
             operation.lost()
 
     async def _probe(self) -> None:
-        """Look for Redis on a new connection: an old one may lead to a server that is a replica now."""
-        try:
-            await self._redis.connection_pool.disconnect(inuse_connections=False)
-            await self._evaluate([_PROBE])
-        except Exception as error:  # as in a round trip; counted
-            self._on_error(_kind(error))
-            self._pause = min(self._pause * 2, LONGEST_PAUSE)
-            self._queue = deque(operation for operation in self._queue if operation.wanted())
-        else:
-            log.info("Redis is back after %.1f s", self.gone_for)
-            self._lost.clear()  # `run` goes on with a beat
+        """Look for Redis, on a new connection."""
+        probe = _Probe()
+        self._set_out([probe])
+        await probe.over.wait()
 
 
-def _expire(deadline: asyncio.Timeout) -> None:
-    """Ends it one turn later: a loop that was held up finds the time over and an unread answer, which comes first."""
-    deadline.reschedule(asyncio.get_running_loop().time())
+def _taken(queue: deque[Operation], most: int) -> list[Operation]:
+    if len(queue) > most:
+        return [queue.popleft() for _ in range(most)]
+    taken = list(queue)
+    queue.clear()
+    return taken
+
+
+def _lines(batch: Sequence[Operation]) -> bytes:
+    return "\n".join([operation.line() for operation in batch]).encode()

@@ -468,7 +468,7 @@ async def test_a_redis_that_lost_its_memory_is_told_what_was_spent_and_what_runs
         await until(all_is_told)
         for reservation, tokens in ((running, 350), (elsewhere, 600), (third, 1)):
             reservation.settle(tokens, 0)
-        await other._script.close()
+        await other._script.heard()
         assert await tokens_spent(one) == 100 + 350 + 600 + 1
 
 
@@ -481,6 +481,7 @@ async def test_a_server_that_was_restarted_with_an_old_memory_is_not_believed(
         reservation.settle(200, 0)
         assert await tokens_spent(one) == 200
         await ledger(pool, NOW, 700, 0)
+        await redis.set("aig:server", "the run that wrote this memory")
         await redis.script_flush()
         assert (await reserve(one, a_day(1000), output=1000)).granted == 300
 
@@ -506,7 +507,7 @@ async def test_what_ends_just_when_redis_lost_its_memory_is_charged(redis_url: s
         await redis.flushdb()
         await reserve(other, a_day(1000), output=1)  # makes the counters
         reservation.settle(250, 0)  # nobody has told this process yet
-        await one._script.close()
+        await one._script.heard()
         assert await tokens_spent(one) == 251
         reservation.settle(250, 0)
         one.settle(reservation.exchange_id, 250, 0)
@@ -549,7 +550,7 @@ async def test_who_finds_the_journal_of_a_killed_process_settles_exactly(redis_u
         async with budgets(redis_url, pool) as killed:  # closing settles nothing, as a kill does
             reservations = [await reserve(killed, a_day(10_000), output=100, prompt=10) for _ in range(3)]
             reservations[0].settle(60, 900)  # and its end was in the journal only
-            await killed._script.close()
+            await killed._script.heard()
             assert await tokens_spent(survivor) == 60 + 110 + 110
             for reservation, tokens in zip(reservations, (60, 70, 80), strict=True):
                 survivor.settle(reservation.exchange_id, tokens, tokens * 15)
@@ -616,7 +617,7 @@ async def test_a_client_that_leaves_while_redis_is_asked_is_not_charged(server: 
         await turns(10)  # now it was sent
         await cancelled(leaver)
         server.signal(signal.SIGCONT)
-        await one._script.close()
+        await one._script.heard()
         assert await tokens_spent(one) == 1
 
 
@@ -666,7 +667,7 @@ async def test_a_client_that_leaves_while_its_stream_waits_for_more_is_charged_w
         await cancelled(leaver)
         reservation.settle(SLICE, 0)
         server.signal(signal.SIGCONT)
-        await one._script.close()
+        await one._script.heard()
         assert await tokens_spent(one) == SLICE
         assert reservation.granted == SLICE
 
@@ -787,7 +788,7 @@ async def test_a_redis_that_is_back_with_its_memory_hears_all_once(
         held[1].settle(300, 0)
         held[2].settle(7, 0)
         stays.settle(8, 0)
-        await one._script.close()
+        await one._script.heard()
         assert await tokens_spent(other) == (30 + 40 + 50) + 300 + 7 + 8
 
 
@@ -796,10 +797,10 @@ async def test_a_sum_that_may_have_arrived_is_charged_once(redis_url: str, pool:
         await reserve(one, a_day(1000), output=1)
         owed = Owe(one._script, one._script.epoch, KEY, day_of(NOW), 10, 0)
         one._script.send(owed)
-        await one._script.close()
+        await one._script.heard()
         owed.lost()
         one._script.send(Owe(one._script, one._script.epoch - 1, KEY, day_of(NOW), 100, 0))  # the ledger has that
-        await one._script.close()
+        await one._script.heard()
         assert await tokens_spent(one) == 11
 
 
@@ -845,7 +846,7 @@ async def test_what_ended_while_redis_was_gone_is_not_charged_to_counters_that_h
             (await reserve(other, a_day(10_000), output=1)).settle(1, 0)
             await until(lambda: not one._script.gone)
             (await waiting).settle(5, 0)
-            await one._script.close()
+            await one._script.heard()
             assert await tokens_spent(other) == 70 + 1 + 5
 
 
@@ -887,7 +888,7 @@ async def test_a_reservation_costs_little_more_than_an_admission(
         async def microseconds(work: Callable[[], Awaitable[None]]) -> float:
             started = time.process_time()
             await asyncio.gather(*(work() for _ in range(100)))
-            await one._script.close()
+            await one._script.heard()
             return (time.process_time() - started) * 1e6 / 100
 
         await admit()

@@ -292,6 +292,20 @@ async def test_the_cache_is_bounded_and_keeps_what_is_used(
     assert len(store._verified) == len(store._places) == 2
 
 
+async def test_a_key_is_known_while_it_is_trusted(store: KeyStore, account: str, clock: Clock) -> None:
+    key = await add_key(store, account)
+    assert store.known(key.token) is None
+    principal = await store.verify(key.token)
+    assert store.known(key.token) is principal
+    assert store.known("aig_é") is store.known("") is store.known(key.token[:-1]) is None
+    clock.now += 60
+    assert store.known(key.token) is None
+    await store.verify(key.token)
+    assert store.known(key.token) is not None
+    await store.revoke(key.id, None)
+    assert store.known(key.token) is None
+
+
 async def test_a_cached_key_costs_a_few_microseconds(store: KeyStore, account: str) -> None:
     key = await add_key(store, account)
     await store.verify(key.token)
