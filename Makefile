@@ -1,7 +1,7 @@
 # Commands of this project. `make` alone lists them.
 
 .DEFAULT_GOAL := help
-.PHONY: help up down logs test lint lock schema prices prove-usage prove-stats prove-journal
+.PHONY: help up down logs test lint bench lock schema prices prove-usage prove-stats prove-journal
 # A target whose recipe fails is not kept; the stamps below depend on it.
 .DELETE_ON_ERROR:
 
@@ -32,6 +32,10 @@ lint: .venv/.test ## style, types and the layers between modules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench: .venv/.run ## CPU, latency and memory beside nginx: 6 minutes (QUICK=1: 50 s; PEERS=1: LiteLLM and Portkey too; SOAK=10: minutes)
+	@$(NEEDS_NGINX)
+	@$(BIN)/python -m tests.benchmarks.bench $(if $(QUICK),--quick) $(if $(PEERS),--peers) $(if $(SOAK),--soak $(SOAK))
+
 prove-usage: .venv/.test ## kill -9 gateways under load 100 times, stop Postgres 5 times, and count what is lost
 	@$(BIN)/python -m tests.prove.kill_loop
 
@@ -59,6 +63,10 @@ NEEDS_PYTHON = test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed."; 
 # Root on a Debian may install what is missing; others are told.
 APT = test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends ca-certificates $(1) > /dev/null
+
+# The yardstick of the benchmark. Debian starts what it installs; the benchmark has an nginx of its own.
+NEEDS_NGINX = PATH="$$PATH:/usr/sbin" command -v nginx > /dev/null || { $(call APT,nginx-light) && \
+	{ service nginx stop > /dev/null 2>&1 || true; }; } || { echo "nginx is needed for the benchmark: please install it."; exit 1; }
 
 # Debian keeps the part of Python that makes environments in a package of its own.
 .venv/bin/pip:
