@@ -171,7 +171,8 @@ class Stream:
         """The client's bytes of one read (b"": the body has ended); why no more may be read is `_stop`."""
         if self._reservation is not None:
             # A line at a time, so that the translator of a stream that is cut knows no more than was passed on.
-            self._lines.extend(data.splitlines(keepends=True) or [b""])
+            one_event = data.find(b"\n\n") == len(data) - 2 and b"\r" not in data
+            self._lines.extend([data] if one_event else data.splitlines(keepends=True) or [b""])
             return self._pass_paid()
         chunks = self._translator.feed(data) if data else []
         if self._translator.done or not data:

@@ -1,10 +1,11 @@
 """A chat request as the client sent it, and what a dialect promises to make of it."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import orjson
+from msgspec import Struct
 
 from gateway.protocol.checks import check_chat
 from gateway.protocol.errors import GatewayError
@@ -20,8 +21,7 @@ PARSE_HERE = 1 << 17
 _OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens")
 
 
-@dataclass(frozen=True, slots=True)
-class ChatRequest:
+class ChatRequest(Struct, frozen=True, gc=False):
     """`fields` is the parsed `body`; both say the same, because duplicate keys were refused."""
 
     body: bytes
@@ -36,8 +36,7 @@ class ChatRequest:
         return messages
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(Struct, frozen=True, gc=False):
     """One upstream attempt: all that a translator may know. No clock and no ids are made further down."""
 
     chat: ChatRequest
@@ -61,6 +60,11 @@ class Chunk(NamedTuple):
     text: str = ""  # all that the model generated in it: content, reasoning, refusal, tool names and arguments
     usage: Usage | None = None
     finish_reason: str | None = None
+
+
+# The chunk of an event that is text and no more, from all four fields; in half the time, and there is one for every
+# token: a NamedTuple's own constructor is a function in Python.
+text_chunk: Callable[[tuple[bytes, str, None, None]], Chunk] = partial(tuple.__new__, Chunk)
 
 
 class Reply(NamedTuple):

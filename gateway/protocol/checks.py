@@ -20,13 +20,22 @@ def check_chat(fields: Mapping[str, Any]) -> None:
         _refuse("model", "a non-empty string is required")
     if len(model) > MAX_MODEL or not model.isprintable():
         _refuse("model", f"at most {MAX_MODEL} printable characters")
-    for name, check in _FIELDS.items():
-        value = fields.get(name)
-        if value is not None:
-            check(name, value)
+    _check_fields(fields)
     _check_messages(fields.get("messages"))
     if fields.get("stream_options") is not None and not fields.get("stream"):
         _refuse("stream_options", "only allowed when stream is true")
+
+
+def _check_fields(fields: Mapping[str, Any]) -> None:
+    try:
+        for name, value in fields.items():
+            if name in _FIELDS and value is not None:
+                _FIELDS[name](name, value)
+    except InvalidRequest:
+        # Of several wrong ones the first in our order is named, and not in the client's.
+        for name, check in _FIELDS.items():
+            if fields.get(name) is not None:
+                check(name, fields[name])
 
 
 def _refuse(param: str, problem: str) -> NoReturn:
@@ -40,7 +49,7 @@ type_ = type
 
 def _number(low: float, high: float) -> Callable[[str, Any], None]:
     def check(name: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
             _refuse(name, f"a number from {low:g} to {high:g} is required")
 
     return check
@@ -148,7 +157,18 @@ def _check_messages(messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
         _refuse("messages", "a non-empty array is required")
     for index, message in enumerate(messages):
-        _check_message(f"messages[{index}]", message)
+        if not _is_text(message):
+            _check_message(f"messages[{index}]", message)
+
+
+def _is_text(message: Any) -> bool:
+    """What most are, and nothing can be wrong with it."""
+    return (
+        isinstance(message, dict)
+        and isinstance(message.get("content"), str)
+        and message.get("role") in ("system", "user", "assistant", "developer")
+        and message.get("tool_calls") is None
+    )
 
 
 def _check_message(where: str, message: Any) -> None:

@@ -24,32 +24,27 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise InvalidJSON(f"the request body is not valid JSON: {error}") from None
     if not isinstance(parsed, dict):
         raise InvalidJSON("the request body must be a JSON object")
-    keys, colons = _measure(parsed)
-    # Every key has one colon outside strings. When no colon hides behind an escape, a count that differs means that the
-    # parser dropped a key it had seen before. The slow parser then names it.
-    if body.count(b":") != keys + colons or b"\\u003a" in body or b"\\u003A" in body:
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH:
+        _check_depth(parsed)
+    # What we parsed, written again, has a colon less for each key that the parser dropped because it came twice, unless
+    # a colon hides behind an escape. The slow parser then names the key.
+    hidden = b"\\u003" in body and (b"\\u003a" in body or b"\\u003A" in body)
+    if hidden or body.count(b":") != orjson.dumps(parsed).count(b":"):
         _refuse_duplicates(body)
     return parsed
 
 
-def _measure(root: Any) -> tuple[int, int]:
-    """How many keys, and how many colons inside strings; refuses what is nested too deep."""
-    keys = colons = 0
+def _check_depth(root: Any) -> None:
     level: list[Any] = [root]
     for _ in range(MAX_DEPTH + 1):
         below: list[Any] = []
         for value in level:
-            if isinstance(value, str):
-                colons += value.count(":")
-            elif isinstance(value, dict):
-                keys += len(value)
-                for key in value:
-                    colons += key.count(":")
+            if isinstance(value, dict):
                 below.extend(value.values())
             elif isinstance(value, list):
                 below.extend(value)
         if not below:
-            return keys, colons
+            return
         level = below
     raise InvalidJSON(f"the request body is nested deeper than {MAX_DEPTH} levels")
 
@@ -72,8 +67,13 @@ def _refuse_duplicates(body: bytes) -> None:
 _space = json.decoder.WHITESPACE.match  # type: ignore[attr-defined]
 
 
-def edit_object(body: bytes, changes: Mapping[str, Any]) -> bytes:
-    """`body`, a JSON object without duplicate keys, with top-level values replaced or added; other bytes stay."""
+def edit_object(body: bytes, changes: Mapping[str, Any], fields: Mapping[str, Any] | None = None) -> bytes:
+    """`body`, a JSON object without duplicate keys, with top-level values replaced or added; other bytes stay.
+
+    `fields` is the same object, parsed: with it nothing is looked for in the bytes that is not there.
+    """
+    if fields and changes.keys().isdisjoint(fields):
+        return _add_members(body, changes, comma=b",")
     text = body.decode("utf-8")
     spans = _value_spans(text)
     edits = sorted((spans[name], value) for name, value in changes.items() if name in spans)
@@ -81,13 +81,14 @@ def edit_object(body: bytes, changes: Mapping[str, Any]) -> bytes:
     for (start, end), value in edits:
         out += [text[at:start], orjson.dumps(value).decode()]
         at = end
-    edited = "".join([*out, text[at:]])
+    edited = "".join([*out, text[at:]]).encode()
     added = {name: value for name, value in changes.items() if name not in spans}
-    if added:
-        head = edited.index("{") + 1
-        comma = "," if spans else ""
-        edited = edited[:head] + orjson.dumps(added)[1:-1].decode() + comma + edited[head:]
-    return edited.encode()
+    return _add_members(edited, added, comma=b"," if spans else b"") if added else edited
+
+
+def _add_members(body: bytes, added: Mapping[str, Any], comma: bytes) -> bytes:
+    head = body.index(b"{") + 1
+    return body[:head] + orjson.dumps(added)[1:-1] + comma + body[head:]
 
 
 def _value_spans(text: str) -> dict[str, tuple[int, int]]:

@@ -9,7 +9,8 @@ token, it was a fifth too high for the median, and more than a tenth too low for
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from gateway.protocol.usage import Usage
 
@@ -59,23 +60,32 @@ class Meter:
         """Take in one chunk or a whole reply; how many tokens (estimated) it added."""
         if usage is not None:
             self.usage = usage
+        elif text and self.usage is not None and self.usage.completion_tokens is not None:
+            self.usage = replace(self.usage, completion_tokens=None)  # it was of what had passed by then
         if finish_reason:
             self.finish_reason = finish_reason
-        if not text:
-            return 0
-        if usage is None and self.usage is not None and self.usage.completion_tokens is not None:
-            self.usage = replace(self.usage, completion_tokens=None)  # it was of what had passed by then
-        data = text.encode("utf-8", "surrogatepass")
+        return self._add(text, 1) if text else 0
+
+    def see_texts(self, texts: Sequence[str]) -> int:
+        """As `see` of each of these chunks, which have text and nothing else."""
+        if texts and self.usage is not None:
+            return sum([self.see(text, None, None) for text in texts])
+        return self._add("".join(texts), len(texts))
+
+    def _add(self, text: str, pieces: int) -> int:
+        data = text.encode() if text.isascii() else text.encode("utf-8", "surrogatepass")
         self.bytes_out = size = self.bytes_out + len(data)
-        self._characters += len(text)
-        self._pieces += 1
+        self._characters = characters = self._characters + len(text)
+        self._pieces = pieces = self._pieces + pieces
         if size <= KEPT:
             self._generated += data
         elif not self._cut:
             self._cut = True
             self._generated += text[: (KEPT - len(self._generated)) // 4].encode("utf-8", "surrogatepass")
-        before, seen = self._seen, _estimate(size, self._characters)
-        self._seen = seen = max(self._pieces, seen)
+        before, seen = self._seen, _estimate(size, characters)
+        if seen < pieces:
+            seen = pieces
+        self._seen = seen
         return seen - before
 
     @property

@@ -19,6 +19,7 @@ MAX_EVENT = 1 << 20  # bytes
 # front lets the engine skip from terminator to terminator: a quarter of the time that a bare alternation takes.
 _BLANK_LINE = re.compile(rb"[\r\n](?:(?<=\r)\r|(?:(?<=\r)\n|(?<=\n))(?:\r\n|\n|\r(?=[^\n])))")
 _BOM = b"\xef\xbb\xbf"
+_CR, _LF = b"\r\n"  # as numbers: a byte is looked for in a fifth of the time that a bytes object is
 
 
 class Event(NamedTuple):
@@ -32,41 +33,57 @@ class Event(NamedTuple):
 class SSEDecoder:
     """Cuts a byte stream into events.
 
-    `feed` raises EventTooLarge once the good events before it are out; after that the decoder is not used again.
+    It raises EventTooLarge once the good events before it are out; after that it is not used again.
     """
+
+    __slots__ = ("_after_cr", "_buffer", "_error", "_fresh", "_max_event", "_scan", "between")
 
     def __init__(self, max_event: int = MAX_EVENT) -> None:
         self._buffer = bytearray()
         self._scan = 0  # where the search for a blank line goes on
         self._after_cr = False  # the last event ended in \r\r: a \n that opens the buffer closes that \r
         self._fresh = True  # nothing fed yet: a byte order mark may come
+        self.between = False  # nothing is held: what comes next is an event's first byte
         self._max_event = max_event
         self._error: EventTooLarge | None = None  # to be raised by the next call
 
     def feed(self, data: bytes) -> list[Event]:
+        return [decode_event(raw) for raw in self.split(data)]
+
+    def split(self, data: bytes) -> list[bytes]:
+        """The bytes of each event that `data` completes, for `decode_event` to read."""
+        if self.between and len(data) <= self._max_event and _CR not in data:
+            # What nearly every read is: whole events, and without \r a blank line is \n\n.
+            *events, rest = data.split(b"\n\n")
+            if not rest:
+                return [event + b"\n\n" for event in events]
+        return self._split(data)
+
+    def _split(self, data: bytes) -> list[bytes]:
         if self._error is not None:
             raise self._error
         self._buffer += data
         if self._fresh and not self._strip_bom():
             return []
-        events: list[Event] = []
+        events: list[bytes] = []
         while match := self._next_blank_line():
             end = match.end()
             if end > self._max_event:
                 return self._give_up(events)
             raw = bytes(self._buffer[:end])
             del self._buffer[:end]
-            events.append(decode_event(raw))
+            events.append(raw)
             self._scan, self._after_cr = 0, raw.endswith(b"\r\r")
         if len(self._buffer) > self._max_event:
             return self._give_up(events)
         self._scan = max(self._scan, len(self._buffer) - 3)
+        self.between = not self._buffer and not self._after_cr
         return events
 
     def _next_blank_line(self) -> re.Match[bytes] | None:
         if self._after_cr and self._buffer:
             self._after_cr = False
-            if self._buffer[0] == 0x0A:  # a byte of this event, and no line of it
+            if self._buffer[0] == _LF:  # a byte of this event, and no line of it
                 self._scan = 1
         return _BLANK_LINE.search(self._buffer, self._scan)
 
@@ -84,8 +101,9 @@ class SSEDecoder:
         self._fresh = False
         return True
 
-    def _give_up(self, events: list[Event]) -> list[Event]:
+    def _give_up(self, events: list[bytes]) -> list[bytes]:
         self._error = EventTooLarge(f"the provider sent an event longer than {self._max_event} bytes")
+        self.between = False
         self._buffer.clear()
         if not events:
             raise self._error
@@ -94,6 +112,8 @@ class SSEDecoder:
 
 def decode_event(raw: bytes) -> Event:
     """One event from its bytes (with or without its blank line)."""
+    if raw.startswith(b"data: ") and raw.endswith(b"\n\n") and raw.find(b"\n") == len(raw) - 2 and _CR not in raw:
+        return Event(raw, raw[6:-2])  # what the rest would say of it, too
     lines: list[bytes] = []
     name, plain, stray = "", True, None
     for line in raw.splitlines():  # of bytes, and so by \n, \r\n and \r alone

@@ -1,13 +1,13 @@
 """Token counts of one exchange, as OpenAI Chat reports them."""
 
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 MAX_COUNT = 2**53  # tokens; more is a fault, and would poison the batch of rows it is stored with
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(Struct, frozen=True, gc=False):
     """Counts by OpenAI's containment: the details are parts of their parent and never added to it.
 
     None means that the provider did not say (Ollama leaves out the prompt count of a fully cached prompt).
@@ -34,7 +34,7 @@ class Usage:
         prompt_details = _object(usage, "prompt_tokens_details")
         completion_details = _object(usage, "completion_tokens_details")
         reasoning = _count(completion_details, "reasoning_tokens") or 0
-        if prompt is not None and completion is not None:
+        if prompt is not None and completion is not None and usage.get("total_tokens") != prompt + completion:
             # xAI counts reasoning beside the completion and Mistral audio beside the prompt; their total tells.
             outside = (_count(usage, "total_tokens") or 0) - prompt - completion
             if outside > 0 and outside == reasoning:
@@ -64,13 +64,15 @@ class Usage:
 
 def _cached(usage: dict[str, Any], details: dict[str, Any]) -> int:
     """DeepSeek and Together say it beside the details, DeepSeek in words of its own."""
-    beside = (_count(usage, "prompt_cache_hit_tokens"), _count(usage, "cached_tokens"))
-    return next((count for count in (_count(details, "cached_tokens"), *beside) if count), 0)
+    beside = _count(details, "cached_tokens") or _count(usage, "prompt_cache_hit_tokens")
+    return beside or _count(usage, "cached_tokens") or 0
 
 
 def _count(source: dict[str, Any], name: str) -> int | None:
     """A count that the provider gave; None for what cannot be one (null, NaN, -1, a number that no column holds)."""
     value = source.get(name)
+    if value is None or (type(value) is int and 0 <= value <= MAX_COUNT):
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_COUNT:
         return None
     return int(value)

@@ -6,10 +6,10 @@ middle. The fields of a choice are joined as OpenAI's own SDK does it
 """
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import orjson
+from msgspec.structs import replace
 
 from gateway.protocol.chat import ChatRequest
 from gateway.protocol.json_object import edit_object, read_json
@@ -23,7 +23,7 @@ def streamed(chat: ChatRequest, *, asks_usage: bool) -> ChatRequest:
     changes: dict[str, Any] = {"stream": True}
     if asks_usage:
         changes["stream_options"] = {"include_usage": True}
-    body = edit_object(chat.body, changes)
+    body = edit_object(chat.body, changes, chat.fields)
     return replace(chat, body=body, fields={**chat.fields, **changes}, stream=True, wants_usage=True)
 
 

@@ -308,7 +308,8 @@ def _source(span: str, kept: str) -> str:
 
 # --- rows ---------------------------------------------------------------------------------------------------------
 
-# A request id begins with its time (UUIDv7), so its order is that of arrival and its index pages through it.
+# A request id begins with its time (UUIDv7), so its order is that of arrival and its index pages through it: the index
+# of the column, by its full name, for the bare one is its text here, and that of the whole table would be sorted.
 _ROWS = """
 select
     request_id::text, started_at, key_id, account_id::text, user_id, app_id, client_request_id, provider, model,
@@ -325,7 +326,7 @@ where ($1::uuid is null or account_id = $1)
   and ($7::timestamptz is null or started_at >= $7)
   and ($8::timestamptz is null or started_at < $8)
   and ($9::uuid is null or request_id < $9)
-order by request_id desc
+order by usage.request_id desc
 limit $10
 """
 

@@ -95,6 +95,12 @@ def test_an_event_comes_out_with_its_last_byte(blank: bytes) -> None:
     assert [event.data for event in decoder.feed(blank[-1:])] == [b"1"]
 
 
+@pytest.mark.parametrize("blank", [b"\n\n", b"\r\r", b"\n\r\n", b"\r\n\n", b"\r\n\r\n"])
+def test_a_read_of_several_events_may_end_them_as_it_likes(blank: bytes) -> None:
+    events = decode(b"data: 1\n\n", b"data: 2" + blank + b"data: 3\n\n", b"data: 4\n\ndata: 5\n\n")
+    assert [event.data for event in events] == [b"1", b"2", b"3", b"4", b"5"]
+
+
 def test_a_newline_after_two_carriage_returns_is_no_line_of_its_own() -> None:
     first, second = decode(b"data: 1\r\r\ndata: 2\r\n\r\n")
     assert (first.raw, second.raw) == (b"data: 1\r\r", b"\ndata: 2\r\n\r\n")

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.stores.ledger import drop_months, write_rows
-from gateway.stores.stats import GROUP_BY, Figures, Scope, read_stats
+from gateway.stores.stats import _ROWS, GROUP_BY, Figures, Scope, read_stats
 from gateway.stores.sums import SPANS, begin_of, pieces
 from tests.prove.stats_at_scale import ACCOUNT, DAYS, FILTERS, MOST, Question, ask, fill, questions, yardstick
 from tests.support.journal_writer import begun, row
@@ -225,6 +225,14 @@ async def test_every_kind_of_question_is_answered_in_a_fifth_of_a_second(
         f"stats: {len(times)} kinds of questions about {ROWS} rows, median {median(times):.0f} ms, slowest "
         f"{max(times):.0f} ms (a sum of 100,000 numbers: {measure:.0f} ms)"
     )
+
+
+async def test_a_page_of_rows_is_read_by_an_index_and_nothing_is_sorted(filled_url: str) -> None:
+    async with asyncpg.create_pool(filled_url, min_size=1, max_size=1) as pool:
+        plan = await pool.fetch(f"explain {_ROWS}", *Scope(None).filters, None, None, None, 100)
+    lines = [line[0] for line in plan]
+    assert any("Index Scan Backward" in line for line in lines), lines
+    assert not any("Sort  (cost" in line for line in lines), lines
 
 
 async def best_time(pool: asyncpg.Pool, question: Question) -> float:

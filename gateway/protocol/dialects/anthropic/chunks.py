@@ -11,6 +11,10 @@ from gateway.protocol.errors import EventTooLarge
 from gateway.protocol.sse import DONE, MAX_EVENT, data_event
 from gateway.protocol.usage import Usage
 
+# What stands around a text, which may be in it more than once: the text's literal joins the pieces.
+Frame = tuple[bytes, ...]
+_CONTENT: Frame = (b'{"content":', b"}")
+
 
 class Chunks:
     """Makes the chunks of one stream. It is mutable: what comes next depends on what the client has."""
@@ -22,22 +26,48 @@ class Chunks:
         self.out: list[Chunk] = []  # of one `feed`; the translator begins a new list for each
         self.role_sent = False
         self.finish_reason: str | None = None
+        self._before = self._after = b""  # an event around its delta; known with the role
         self._calls: dict[int, ToolCall] = {}  # open tool_use blocks by their index
         self._call_count = 0
         self._reasoning = -1  # number of the current thinking block
 
     def send_role(self, usage: Usage | None = None) -> None:
         self.role_sent = True
-        self.out.append(Chunk(self._choice({"role": "assistant", "content": ""}), usage=usage))
+        # Inside a string the quotes would be escaped, so the first place is the right one.
+        before, name, after = self._choice({}).partition(b'"delta":')
+        self._before, self._after = before + name, after.removeprefix(b"{}")
+        self._send({"role": "assistant", "content": ""}, usage=usage)
 
-    def _send(self, delta: Json, text: str = "") -> None:
+    def _send(self, delta: Json, text: str = "", usage: Usage | None = None) -> None:
         if not self.role_sent:
             self.send_role()
-        self.out.append(Chunk(self._choice(delta), text))
+        self.out.append(Chunk(self._before + dump(delta) + self._after, text, usage))
+
+    def _say(self, delta: Frame, text: str) -> None:
+        """A delta that is no more than `text`."""
+        if not self.role_sent:
+            self.send_role()
+        self.out.append(Chunk(dump(text).join(self._framed(delta)), text))
+
+    def _framed(self, delta: Frame) -> Frame:
+        first, *others, last = delta
+        return (self._before + first, *others, last + self._after)
+
+    def frame(self, kind: str, index: int) -> Frame | None:
+        """The client's event around the text of such a delta to this block; None when there is more to it than that.
+
+        It holds until another block begins or one ends.
+        """
+        if kind == "text_delta":
+            return self._framed(_CONTENT)
+        if kind == "thinking_delta":
+            return self._framed(self._reasoning_frame())
+        call = self._calls.get(index) if kind == "input_json_delta" else None
+        return None if call is None or call.tool.custom else self._framed(_arguments_frame(call))
 
     def send_content(self, text: str) -> None:
         if text:
-            self._send({"content": text}, text)
+            self._say(_CONTENT, text)
 
     def send_refusal(self, text: str) -> None:
         if text:
@@ -48,8 +78,11 @@ class Chunks:
 
     def send_reasoning(self, text: str) -> None:
         if text:
-            detail = {"type": "reasoning.text", "text": text, "index": max(self._reasoning, 0)}
-            self._send({"reasoning_content": text, "reasoning_details": [detail]}, text)
+            self._say(self._reasoning_frame(), text)
+
+    def _reasoning_frame(self) -> Frame:
+        details = b',"reasoning_details":[{"type":"reasoning.text","text":'
+        return (b'{"reasoning_content":', details, b',"index":%d}]}' % max(self._reasoning, 0))
 
     def send_signature(self, signature: str) -> None:
         """The signature ends a thinking block; with it the client can send the block back, which tool loops need."""
@@ -74,7 +107,7 @@ class Chunks:
         if call.tool.custom:
             self._hold(call, piece)
         else:
-            self._send({"tool_calls": [{"index": call.number, "function": {"arguments": piece}}]}, piece)
+            self._say(_arguments_frame(call), piece)
 
     def _hold(self, call: ToolCall, piece: str) -> None:
         call.pieces.append(piece)
@@ -125,3 +158,7 @@ class Chunks:
         if self._call.chat.wants_usage:
             chunk["usage"] = usage.to_openai() if usage is not None else None
         return data_event(dump(chunk))
+
+
+def _arguments_frame(call: ToolCall) -> Frame:
+    return (b'{"tool_calls":[{"index":%d,"function":{"arguments":' % call.number, b"}}]}")

@@ -8,8 +8,10 @@ and `error` may come anywhere. Block types and events that are not named here ar
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gateway.protocol.chat import Call, Chunk, Reply, UpstreamRequest
-from gateway.protocol.dialects.anthropic.chunks import Chunks
+import orjson
+
+from gateway.protocol.chat import Call, Chunk, Reply, UpstreamRequest, text_chunk
+from gateway.protocol.dialects.anthropic.chunks import Chunks, Frame
 from gateway.protocol.dialects.anthropic.counts import Counts
 from gateway.protocol.dialects.anthropic.objects import Json, dump, index_of, json_object, object_of, text_of
 from gateway.protocol.dialects.anthropic.reply import read_reply
@@ -17,14 +19,13 @@ from gateway.protocol.dialects.anthropic.request import messages_body
 from gateway.protocol.dialects.anthropic.tools import offered_tools
 from gateway.protocol.errors import EventTooLarge, UpstreamBadBody, UpstreamError, UpstreamTruncated
 from gateway.protocol.refusals import refusal, reported
-from gateway.protocol.sse import PING, Event, SSEDecoder, decode_event
+from gateway.protocol.sse import MAX_EVENT, PING, Event, SSEDecoder, decode_event
 from gateway.protocol.usage import Usage
+from gateway.protocol.usual import Usual
 
 MAX_BAD_EVENTS = 3  # one may be a middlebox; three are not this dialect
 
-# A piece of a read that can hold no more than the tail of one event and the head of the next one that is too large, so
-# that the whole events before it are not lost with it.
-_PIECE = 1 << 16  # bytes
+_TEXTS = {"text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json"}
 
 
 class AnthropicTranslator:
@@ -35,6 +36,8 @@ class AnthropicTranslator:
         self._tools = offered_tools(call.chat.fields)
         self._decoder = SSEDecoder()
         self._chunks = Chunks(call, self._tools)
+        self._usual = Usual()  # the last delta, if nothing but deltas like it came since
+        self._frame: Frame = ()  # of what the client gets for it
         self._error: UpstreamError | None = None  # raised by `flush`
         self._done = False
         self._bad_events = 0
@@ -49,18 +52,21 @@ class AnthropicTranslator:
         return self._done
 
     def feed(self, data: bytes) -> list[Chunk]:
-        self._chunks.out = []
-        for at in range(0, len(data), _PIECE):
+        if self._done:
+            return []
+        if self._decoder.between and len(data) <= MAX_EVENT and (text := self._usual.text_of(_unpadded(data))):
+            return [self._usual_chunk(text)]  # one event: no literal has a line end in it
+        self._chunks.out = chunks = []
+        for raw in self._events(data):
+            if text := self._usual.text_of(_unpadded(raw)):
+                chunks.append(self._usual_chunk(text))
+            else:
+                self._take(decode_event(raw))
             if self._done:
-                break
-            try:
-                events = self._decoder.feed(data[at : at + _PIECE])
-            except EventTooLarge as error:
-                self._fail(error)
-                break
-            for event in events:
-                self._take(event)
-        return self._chunks.out
+                return chunks
+        if not self._decoder.between:
+            self._events(b"")  # says whether what is held is too large, now that the good ones before it are out
+        return chunks
 
     def flush(self) -> list[Chunk]:
         self._chunks.out = []
@@ -90,9 +96,27 @@ class AnthropicTranslator:
 
     # --- events ---------------------------------------------------------------------------------------------------
 
+    def _events(self, data: bytes) -> list[bytes]:
+        try:
+            return self._decoder.split(data)
+        except EventTooLarge as error:
+            self._fail(error)
+            return []
+
+    def _usual_chunk(self, text: str) -> Chunk:
+        return text_chunk((orjson.dumps(text).join(self._frame), text, None, None))
+
+    def _learn(self, raw: bytes, parsed: Json) -> None:
+        delta = object_of(parsed, "delta")
+        kind = text_of(delta, "type")
+        is_delta = parsed.get("type") == "content_block_delta"
+        frame = self._chunks.frame(kind, index_of(parsed)) if is_delta else None
+        if frame is None or not text_of(delta, _TEXTS[kind]):
+            self._usual.forget()
+        elif self._usual.learn(_unpadded(raw), _read, ("delta", _TEXTS[kind])):
+            self._frame = frame
+
     def _take(self, event: Event) -> None:
-        if self._done:
-            return
         if event.stray is not None:  # llama.cpp says errors in a field of its own
             self._fail(reported(json_object(event.stray), self._call.target))
         elif event.data is None:
@@ -100,6 +124,7 @@ class AnthropicTranslator:
                 self._chunks.out.append(Chunk(PING))
         elif (parsed := json_object(event.data)) is not None:
             self._dispatch(event, parsed)
+            self._learn(event.raw, parsed)
         else:
             self._bad_events += 1
             if self._bad_events >= MAX_BAD_EVENTS:
@@ -199,6 +224,15 @@ class AnthropicTranslator:
 
     def _fail(self, error: UpstreamError) -> None:
         self._error, self._done = error, True
+
+
+def _unpadded(raw: bytes) -> bytes:
+    """Without what ends every event: Anthropic puts a random number of spaces before the last brace."""
+    return raw[:-3].rstrip(b" ") if raw.endswith(b"}\n\n") else b""
+
+
+def _read(unpadded: bytes) -> Any:
+    return orjson.loads(decode_event(unpadded + b"}\n\n").data or b"")
 
 
 _HANDLERS: Mapping[str, Callable[[AnthropicTranslator, Json], None]] = {

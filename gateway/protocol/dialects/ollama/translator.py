@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
-from gateway.protocol.chat import Call, Chunk, Reply, UpstreamRequest
+import orjson
+
+from gateway.protocol.chat import Call, Chunk, Reply, UpstreamRequest, text_chunk
 from gateway.protocol.dialects.ollama.lines import (
     UNREADABLE,
     NotOllamaError,
@@ -35,6 +37,7 @@ from gateway.protocol.errors import (
 from gateway.protocol.refusals import refusal, reported
 from gateway.protocol.sse import DONE, MAX_EVENT, data_event
 from gateway.protocol.usage import Usage
+from gateway.protocol.usual import Usual
 
 MAX_BAD_LINES = 3  # one line of broken JSON may be a proxy's slip, three are another protocol
 
@@ -58,6 +61,8 @@ class OllamaTranslator:
         # Around the delta of nearly every event: rendered once.
         self._before = b"data: " + self._head + b'{"index":0,"delta":'
         self._after = b',"logprobs":null,"finish_reason":null}' + self._tail + b"\n\n"
+        self._usual = Usual()
+        self._frame: tuple[bytes, bytes] = (b"", b"")  # the client's event around the text of a usual line
 
     @property
     def done(self) -> bool:
@@ -69,15 +74,20 @@ class OllamaTranslator:
     # --- a stream ---
 
     def feed(self, data: bytes) -> list[Chunk]:
-        chunks: list[Chunk] = []
         if self._done:
-            return chunks
+            return []
+        if not self._buffer and len(data) <= MAX_EVENT and (text := self._usual.text_of(data)):
+            return [self._usual_chunk(text)]  # one line: no literal has a line end in it
+        chunks: list[Chunk] = []
         self._buffer += data
         while not self._done and (end := self._buffer.find(b"\n", self._scan)) >= 0:
-            line = bytes(self._buffer[:end])
+            line = bytes(self._buffer[: end + 1])
             del self._buffer[: end + 1]
             self._scan = 0
-            chunks += self._take(line)
+            if end <= MAX_EVENT and (text := self._usual.text_of(line)):
+                chunks.append(self._usual_chunk(text))
+            else:
+                chunks += self._take(line)
         self._scan = len(self._buffer)
         if not self._done and self._scan > MAX_EVENT:
             self._fail(_too_large())
@@ -98,14 +108,27 @@ class OllamaTranslator:
         self._done = True
         return self._chunk(_NOTHING).data + self._end("length", usage)
 
+    def _usual_chunk(self, text: str) -> Chunk:
+        return text_chunk((orjson.dumps(text).join(self._frame), text, None, None))
+
+    def _learn(self, raw: bytes, line: Mapping[str, Any], said: Said) -> None:
+        """A usual line is text alone; the time in it differs, too."""
+        name = "content" if said.text == said.content else "thinking"
+        if line.get("logprobs") or said.text != getattr(said, name):
+            return
+        time = ("created_at",) if isinstance(line.get("created_at"), str) else None
+        if self._usual.learn(raw, orjson.loads, ("message", name), time):
+            ours = b'{"content":' if name == "content" else b'{"reasoning_content":'
+            self._frame = (self._before + ours, b"}" + self._after)
+
     def _take(self, line: bytes) -> list[Chunk]:
-        if len(line) > MAX_EVENT:
+        if len(line) - 1 > MAX_EVENT:
             self._fail(_too_large())
             return []
         if not line.strip():
             return []
         try:
-            return self._read(loads(line))
+            return self._read(line)
         except UNREADABLE:
             self._bad_lines += 1
             if self._bad_lines == MAX_BAD_LINES:
@@ -115,18 +138,22 @@ class OllamaTranslator:
 
     def _take_rest(self) -> list[Chunk]:
         try:
-            return self._read(loads(bytes(self._buffer)))
+            return self._read(bytes(self._buffer))
         except UNREADABLE:
             return []  # half a line: the stream was cut, which flush says
 
-    def _read(self, line: Mapping[str, Any]) -> list[Chunk]:
+    def _read(self, raw: bytes) -> list[Chunk]:
         """The chunk of one line, if it says anything. Raises one of UNREADABLE."""
+        line = loads(raw)
         if line.get("error") is not None:
             self._fail(reported(line, self._call.target))
             return []
         said = self._said(line)
         if line.get("done") is not True:
-            return [self._chunk(said)] if said.text else []
+            if not said.text:
+                return []
+            self._learn(raw, line, said)
+            return [self._chunk(said)]
         if not self._started and _only_loaded(line, said):
             self._fail(_nothing_to_answer())
             return []

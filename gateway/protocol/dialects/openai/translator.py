@@ -8,11 +8,22 @@ never sends the one, Snowflake never the other.
 Source: https://platform.openai.com/docs/api-reference/chat-streaming; where another server differs, the line says so.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from gateway.protocol.chat import Call, Chunk, Reply, UpstreamRequest
+import orjson
+
+from gateway.protocol.chat import Call, Chunk, Reply, UpstreamRequest, text_chunk
+from gateway.protocol.dialects.openai.reading import (
+    choices_of,
+    dump,
+    error_in,
+    finish_reason_of,
+    is_usage_alone,
+    json_or_text,
+    text_of,
+    usage_of,
+)
 from gateway.protocol.errors import (
     EventTooLarge,
     GatewayError,
@@ -22,16 +33,25 @@ from gateway.protocol.errors import (
 )
 from gateway.protocol.json_object import edit_object, read_json
 from gateway.protocol.refusals import refusal, reported
-from gateway.protocol.sse import DONE, Event, SSEDecoder, data_event, decode_event
+from gateway.protocol.sse import DONE, MAX_EVENT, Event, SSEDecoder, data_event, decode_event
 from gateway.protocol.usage import Usage
+from gateway.protocol.usual import PROBE, Path, Usual
 
 MAX_BAD_EVENTS = 3  # of broken JSON in one stream: one may be a server's slip, three are another protocol
 
 _BOM = b"\xef\xbb\xbf"
 _LAST_WORD = b"[DONE]"
-# A chunk without choices that has one of these is more than the usage chunk we asked for: OpenAI's moderation, Azure's
-# verdict on the prompt, the sources of a search.
-_MORE_THAN_USAGE = ("moderation", "prompt_filter_results", "citations", "search_results")
+# Where the text of a usual event stands: nine of ten have all of it in one of these.
+_DELTA: Path = ("choices", 0, "delta")
+_TEXTS: tuple[Path, ...] = (
+    (*_DELTA, "content"),
+    (*_DELTA, "reasoning_content"),
+    (*_DELTA, "reasoning"),
+    (*_DELTA, "refusal"),
+    (*_DELTA, "tool_calls", 0, "function", "arguments"),
+)
+# What may differ beside it and is not read: OpenAI's and Mistral's padding, OpenRouter's second copy of the reasoning.
+_BESIDE: tuple[Path, ...] = (("obfuscation",), ("p",), (*_DELTA, "reasoning_details", 0, "text"))
 
 _HEAD = ("id", "created", "model", "service_tier", "system_fingerprint")  # the same in all chunks of a stream
 
@@ -43,7 +63,9 @@ class OpenAITranslator:
         self._call = call
         self._decoder = SSEDecoder()
         self._choices: dict[int, bool] = {}  # every index seen: has it its finish reason?
-        self._latest: dict[str, Any] = {}  # the last chunk that came
+        self._latest: dict[str, Any] = {}  # the last chunk that came, as far as its head is concerned
+        self._usual = Usual()
+        self._usual_head: dict[str, Any] = {}
         self._usage_sent = False  # in a chunk of its own
         self._bad_events = 0
         self._error: UpstreamError | None = None
@@ -61,17 +83,23 @@ class OpenAITranslator:
         if chat.stream and target.provider.asks_usage and not chat.wants_usage:
             options = chat.fields.get("stream_options") or {}
             changes["stream_options"] = {**options, "include_usage": True}
-        return UpstreamRequest("/chat/completions", edit_object(chat.body, changes) if changes else chat.body)
+        return UpstreamRequest(
+            "/chat/completions", edit_object(chat.body, changes, chat.fields) if changes else chat.body
+        )
 
     # --- a stream ---
 
     def feed(self, data: bytes) -> list[Chunk]:
-        chunks: list[Chunk] = []
         if self._done:
-            return chunks
-        for event in self._events(data):
-            chunk = self._take(event)
-            if chunk is not None:
+            return []
+        one_event = self._decoder.between and data.find(b"\n\n") == len(data) - 2 and len(data) <= MAX_EVENT
+        if one_event and (text := self._usual.text_of(data)):
+            return [self._usual_chunk(data, text)]
+        chunks: list[Chunk] = []
+        for raw in self._events(data):
+            if text := self._usual.text_of(raw):
+                chunks.append(self._usual_chunk(raw, text))
+            elif (chunk := self._take(decode_event(raw))) is not None:
                 chunks.append(chunk)
             if self._done:
                 break
@@ -106,18 +134,22 @@ class OpenAITranslator:
         chunk = {**_head(self._latest, self._call), "choices": choices}
         if self._call.chat.wants_usage:
             chunk["usage"] = usage.to_openai() if usage is not None else None
-        return data_event(_dumps(chunk).encode("utf-8", "backslashreplace"))  # JSON's own escape for half an emoji
+        return data_event(dump(chunk).encode("utf-8", "backslashreplace"))  # JSON's own escape for half an emoji
 
-    def _events(self, data: bytes) -> list[Event]:
+    def _events(self, data: bytes) -> list[bytes]:
         try:
-            return self._decoder.feed(data)
+            return self._decoder.split(data)
         except EventTooLarge as error:
             self._fail(error)
             return []
 
+    def _usual_chunk(self, raw: bytes, text: str) -> Chunk:
+        self._latest = self._usual_head
+        return text_chunk((raw, text, None, None))
+
     def _take(self, event: Event) -> Chunk | None:
         if event.stray is not None or event.name == "error":
-            return self._fail(self._reported(_loads_or_text(event.stray or event.data or b"")))
+            return self._fail(self._reported(json_or_text(event.stray or event.data or b"")))
         if event.data is None:
             # A comment keeps the connection alive. A bare `event:` or `id:` makes the OpenAI SDK parse an empty string.
             return Chunk(event.raw) if event.plain and not event.name else None
@@ -128,7 +160,7 @@ class OpenAITranslator:
             self._done = True
             return Chunk(_sendable(event))
         parsed = read_json(data)
-        if (error := _error_in(parsed)) is not None:
+        if (error := error_in(parsed)) is not None:
             return self._fail(self._reported(error), parsed)
         if not isinstance(parsed, dict):
             self._drop()
@@ -136,21 +168,36 @@ class OpenAITranslator:
         return self._chunk(event, parsed)
 
     def _chunk(self, event: Event, parsed: dict[str, Any]) -> Chunk:
-        choices = _choices(parsed)
-        usage = _usage(parsed)
+        choices = choices_of(parsed)
+        usage = usage_of(parsed)
         if not choices:
-            if not self._call.chat.wants_usage and _is_usage_alone(parsed):
+            if not self._call.chat.wants_usage and is_usage_alone(parsed):
                 return Chunk(b"", usage=usage)
             self._usage_sent = self._usage_sent or usage is not None
         self._latest = parsed
-        finish_reason = None
+        finish_reason, text = None, text_of(choices, "delta")
         for position, choice in enumerate(choices):
             index = choice.get("index")
             index = index if isinstance(index, int) else position  # some servers leave it out, or null
-            if reason := _finish_reason(choice):
+            if reason := finish_reason_of(choice):
                 finish_reason = reason
             self._choices[index] = reason is not None or self._choices.get(index, False)
-        return Chunk(_sendable(event), _text(choices, "delta"), usage, finish_reason)
+        if text and usage is None and finish_reason is None and event.plain and self._usual.patient:
+            self._learn(event.raw, parsed, text)
+        return Chunk(_sendable(event), text, usage, finish_reason)
+
+    def _learn(self, raw: bytes, parsed: dict[str, Any], text: str) -> None:
+        """A usual event is a chunk of text and no more, whose text is that of one string, whatever that is."""
+        path = next((path for path in _TEXTS if _string(parsed, path) == text), None)
+        if path is None:
+            return
+        other = next((path for path in _BESIDE if _string(parsed, path) is not None), None)
+        meaning = self._usual.learn(raw, _read, path, other)
+        if meaning is None:
+            return
+        self._usual_head = {name: meaning.get(name) for name in _HEAD}
+        if text_of(choices_of(meaning), "delta") != PROBE:
+            self._usual.forget()
 
     def _take_rest(self) -> list[Chunk]:
         """An event that the connection's end left open counts when it is whole; half of one is dropped.
@@ -175,7 +222,7 @@ class OpenAITranslator:
     def _fail(self, error: UpstreamError, parsed: Any = None) -> Chunk | None:
         """Keep `error` for `flush`. OpenRouter's error chunk carries the usage that is billed for it."""
         self._error, self._done = error, True
-        usage = _usage(parsed) if isinstance(parsed, dict) else None
+        usage = usage_of(parsed) if isinstance(parsed, dict) else None
         return Chunk(b"", usage=usage) if usage is not None else None
 
     def _reported(self, parsed: Any) -> UpstreamError:
@@ -186,13 +233,13 @@ class OpenAITranslator:
     def reply(self, body: bytes) -> Reply:
         body = body.removeprefix(_BOM)
         parsed = read_json(body)
-        if (error := _error_in(parsed)) is not None:
+        if (error := error_in(parsed)) is not None:
             raise self._reported(error)
         if not isinstance(parsed, dict) or not isinstance(parsed.get("choices"), list):
             raise UpstreamBadBody("the provider's answer is not a chat completion")
-        choices = _choices(parsed)
-        reasons = [reason for choice in choices if (reason := _finish_reason(choice))]
-        return Reply(body, _text(choices, "message"), _usage(parsed), reasons[-1] if reasons else None)
+        choices = choices_of(parsed)
+        reasons = [reason for choice in choices if (reason := finish_reason_of(choice))]
+        return Reply(body, text_of(choices, "message"), usage_of(parsed), reasons[-1] if reasons else None)
 
     # --- errors ---
 
@@ -200,34 +247,18 @@ class OpenAITranslator:
         return refusal(status, read_json(body), self._call.target, retry_after)
 
 
-def model_names(parsed: Any) -> Sequence[str]:
-    """From the answer of `GET /models`; Together answers with the bare list."""
-    rows = parsed.get("data") if isinstance(parsed, dict) else parsed
-    names = [row.get("id") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    return [name for name in names if isinstance(name, str) and name]
+def _read(raw: bytes) -> Any:
+    return orjson.loads(decode_event(raw).data or b"")
 
 
-# --- reading what the provider sent -------------------------------------------------------------------------------
-
-
-def _loads_or_text(data: bytes) -> Any:
-    parsed = read_json(data)
-    return data.decode("utf-8", "replace") if parsed is None else parsed
-
-
-def _error_in(parsed: Any) -> Any:
-    """Where an event or an answer with status 200 says that it failed; None when it does not."""
-    if isinstance(parsed, list) and parsed:
-        parsed = parsed[0]
-    if not isinstance(parsed, dict):
+def _string(parsed: Any, path: Path) -> str | None:
+    """What stands there, if it is a string."""
+    try:
+        for step in path:
+            parsed = parsed[step]
+    except (LookupError, TypeError):
         return None
-    if parsed.get("error") or parsed.get("object") == "error":
-        return parsed
-    groq = parsed.get("x_groq")
-    if isinstance(groq, dict) and groq.get("error"):
-        return groq
-    failed = (choice for choice in _choices(parsed) if choice.get("error") or choice.get("finish_reason") == "error")
-    return next(failed, None)
+    return parsed if isinstance(parsed, str) else None
 
 
 def _sendable(event: Event) -> bytes:
@@ -246,87 +277,3 @@ def _head(latest: Mapping[str, Any], call: Call) -> dict[str, Any]:
 
 def _choice(index: int, delta: Mapping[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-
-
-def _choices(parsed: Mapping[str, Any]) -> list[dict[str, Any]]:
-    choices = parsed.get("choices")
-    return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
-
-
-def _finish_reason(choice: Mapping[str, Any]) -> str | None:
-    reason = choice.get("finish_reason")
-    return reason if isinstance(reason, str) and reason else None  # Snowflake's is always ""
-
-
-def _usage(parsed: Mapping[str, Any]) -> Usage | None:
-    usage = Usage.from_openai(parsed.get("usage"))
-    groq = parsed.get("x_groq") if usage is None else None
-    return Usage.from_openai(groq.get("usage")) if isinstance(groq, dict) else usage
-
-
-def _is_usage_alone(parsed: Mapping[str, Any]) -> bool:
-    return parsed.get("usage") is not None and not any(parsed.get(name) for name in _MORE_THAN_USAGE)
-
-
-def _text(choices: Sequence[Mapping[str, Any]], part: str) -> str:
-    """All that the model wrote in the choices' `delta` or `message`."""
-    return "".join(text for choice in choices if isinstance(choice.get(part), dict) for text in _texts(choice[part]))
-
-
-def _texts(message: Mapping[str, Any]) -> Iterator[str]:
-    yield from _content_texts(message.get("content"))
-    yield from _reasoning_texts(message)
-    if isinstance(refusal := message.get("refusal"), str):
-        yield refusal
-    calls = message.get("tool_calls")
-    for call in calls if isinstance(calls, list) else ():
-        if isinstance(call, dict):
-            yield from _call_texts(call.get("function") or call.get("custom"))
-    yield from _call_texts(message.get("function_call"))
-
-
-def _content_texts(content: Any) -> Iterator[str]:
-    if isinstance(content, str):
-        yield content
-    elif isinstance(content, list):
-        for part in content:
-            yield from _part_texts(part)
-
-
-def _part_texts(part: Any) -> Iterator[str]:
-    """Mistral streams a list: `{type: text, text}` and `{type: thinking, thinking: [{type: text, text}]}`."""
-    thinking = part.get("thinking") if isinstance(part, dict) else None
-    for piece in thinking if isinstance(thinking, list) else [part]:
-        if isinstance(piece, dict):
-            yield from (text for name in ("text", "thinking", "refusal") if isinstance(text := piece.get(name), str))
-
-
-def _reasoning_texts(message: Mapping[str, Any]) -> Iterator[str]:
-    """Reasoning once: OpenRouter and vLLM send the same text under two names."""
-    for name in ("reasoning_content", "reasoning"):
-        text = message.get(name)
-        if isinstance(text, str) and text:
-            yield text
-            return
-    details = message.get("reasoning_details")
-    for detail in details if isinstance(details, list) else ():
-        if isinstance(detail, dict):
-            yield from (text for name in ("text", "summary") if isinstance(text := detail.get(name), str))
-
-
-def _call_texts(function: Any) -> Iterator[str]:
-    if not isinstance(function, dict):
-        return
-    for name in ("name", "arguments", "input"):
-        value = function.get(name)
-        if isinstance(value, str):
-            yield value
-        elif value is not None:  # a string by OpenAI's word, an object by some others'
-            yield _dumps(value)
-
-
-def _dumps(value: Any) -> str:
-    try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    except RecursionError:
-        return ""
