@@ -87,7 +87,6 @@ class Client:
         self._writing_since = 0.0  # waiting for the client, or for its next step
         self._unread = 0  # bytes that the client had not taken at the last look
         self.sent = monotonic()  # stream: when something was last sent, seconds, monotonic
-        self._connection.on_flow = self._flow
 
     def write(self, data: bytes) -> None:
         """Events of a stream, at once. Nothing happens when it is gone: whoever waits here is cancelled."""
@@ -143,8 +142,12 @@ class Client:
         self.left = self.closed = True
         self._flow()
 
-    def forget(self) -> None:
-        """The connection is not its any more."""
+    def attach(self) -> None:
+        """The connection is its own until `detach`; an earlier answer on it may not have been read yet."""
+        self._connection.on_flow = self._flow
+        self._flow()
+
+    def detach(self) -> None:
         self.closed = True
         self._connection.on_flow = None
 

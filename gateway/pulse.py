@@ -34,10 +34,11 @@ class Pulse:
 
     def watch(self, client: Client) -> None:
         """Until `forget`."""
+        client.attach()
         self._clients.add(client)
 
     def forget(self, client: Client) -> None:
-        client.forget()
+        client.detach()
         self._clients.discard(client)
 
     @property

@@ -103,7 +103,9 @@ class Bench:
             raise FileNotFoundError("nginx")
         command = [program, "-p", str(folder), "-e", "error.log", "-c", "nginx.conf"]
         with self.answering(command, "nginx", port) as process:
-            yield Subject("nginx", port, tree(process.pid))
+            while len(pids := tree(process.pid)) < 2:  # it listens before its worker is there
+                time.sleep(0.002)
+            yield Subject("nginx", port, pids)
 
     @contextmanager
     def relay(self) -> Iterator[Subject]:
