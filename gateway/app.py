@@ -323,7 +323,8 @@ def _settle_memory() -> None:
 
 async def _tasks(app: web.Application) -> AsyncIterator[None]:
     """The long-running tasks, and what each still has to write when we stop."""
-    pulse = app[keys.PULSE] = Pulse(app[keys.SETTINGS])
+    bugs = app[keys.METRICS].internal_errors.labels("task")
+    pulse = app[keys.PULSE] = Pulse(app[keys.SETTINGS], on_bug=bugs.inc)
     shipper, script, copy = app[keys.SHIPPER], app[keys.SCRIPT], app[keys.COPY]
     work = {
         "usage shipper": shipper.run(),
@@ -333,7 +334,6 @@ async def _tasks(app: web.Application) -> AsyncIterator[None]:
         "pulse": pulse.run(),
         **({"usage copy": copy.run()} if copy is not None else {}),
     }
-    bugs = app[keys.METRICS].internal_errors.labels("task")
     tasks = [asyncio.create_task(_forever(name, task, bugs.inc)) for name, task in work.items()]
     yield
     await app[keys.RECORDER].close()

@@ -79,7 +79,7 @@ class Client:
         self.deadline: Deadline | None = None  # relay: while it waits for anything else of the provider's
         self.interrupted: GatewayError | None = None  # pulse: why it has to end
         self.prepared = False  # the status line is out: what goes wrong from now on is an event
-        self.closed = False  # relay: nothing more is sent
+        self.closed = False  # nothing more is sent
         self.left = False  # it is gone, and its provider is read on; what is sent goes nowhere
         self.stalled = False  # pulse: dropped because it stopped reading
         self.on_flow: Callable[[], None] | None = None  # stream: called when `blocked` has changed
@@ -89,7 +89,7 @@ class Client:
         self.sent = monotonic()  # stream: when something was last sent, seconds, monotonic
 
     def write(self, data: bytes) -> None:
-        """Events of a stream, at once. Nothing happens when it is gone: whoever waits here is cancelled."""
+        """Events of a stream, at once. Nothing happens when it is gone: its exchange is cancelled, or outlives it."""
         framed = b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
         transport = self._connection.transport
         if not self.prepared:
@@ -228,6 +228,9 @@ def _unacknowledged(transport: asyncio.Transport) -> int:
         return 0
 
 
+_NOTHING = ("q=0", "q=0.", "q=0.0", "q=0.00", "q=0.000")  # all that RFC 9110 12.4.2 lets say so
+
+
 async def encode_json(request: web.BaseRequest, body: bytes) -> tuple[bytes, Mapping[str, str]]:
     """A JSON answer's bytes and headers: compressed when it is worth it and the client takes it."""
     headers = {"Content-Type": "application/json; charset=utf-8", "Vary": "Accept-Encoding"}
@@ -247,5 +250,5 @@ def _takes_gzip(values: "tuple[str, ...] | list[str]") -> bool:
     for item in ",".join(values).lower().split(","):
         name, _, weight = item.partition(";")
         if name.strip() == "gzip":
-            return weight.replace(" ", "").rstrip("0").rstrip(".") != "q="
+            return weight.replace(" ", "") not in _NOTHING
     return False

@@ -107,8 +107,8 @@ class Exchange:
     outcome: Outcome | Literal[""] = ""  # relay; "": no provider was called
     status: int = 0  # relay, or middlewares.errors: the HTTP status the client saw; 0: it saw none
     error_code: str = ""  # relay, or middlewares.errors: code of the error that ended it, also in mid-stream
-    first_byte: float = 0.0  # relay: when the model's first text passed, seconds, monotonic; 0: never
-    counted_live: int = 0  # relay: completion tokens that the metrics have already
+    first_byte: float = 0.0  # stream.Tally: when the model's first text passed, seconds, monotonic; 0: never
+    counted_live: int = 0  # stream.Tally: completion tokens that the metrics have already
     upstream_ms: float = 0.0  # relay: from the call to the provider's last byte
     ended: float = 0.0  # stores.recorder, or middlewares.errors when no row was due: seconds, monotonic
 

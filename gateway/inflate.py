@@ -19,11 +19,21 @@ class Inflater:
         packed = self._packed + packed
         if packed and not self._begun:
             self._begin(packed[0])
-        data = self._zlib.decompress(packed, MAX_STEP)
-        self._packed = self._zlib.unconsumed_tail
-        if self._zlib.unused_data:
+        while True:
+            data = self._zlib.decompress(packed, MAX_STEP)
+            packed = self._zlib.unconsumed_tail
+            if self._zlib.unused_data:
+                packed = self._begin_another()
+            if data or not packed:
+                self._packed = packed
+                return data
+
+    def _begin_another(self) -> bytes:
+        """What is left of what was given: gzip is a series of members, RFC 1952 2.2."""
+        if self._coding == "deflate":
             raise zlib.error("bytes after the end")
-        return data
+        left, self._zlib = self._zlib.unused_data, zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+        return left
 
     def _begin(self, first: int) -> None:
         self._begun = True

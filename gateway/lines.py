@@ -6,17 +6,25 @@ pipe that is full) is kept up to MAX_WAITING, and what comes then is counted and
 
 import asyncio
 import os
+import select
 import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from queue import SimpleQueue
+from enum import Enum, auto
+from queue import Empty, SimpleQueue
 from typing import TextIO
 
 LINGER = 0.01  # seconds that a line may wait for others to share its write(2)
 ENOUGH = 1 << 16  # characters that wait no longer: what a pipe holds (pipe(7))
 MAX_WAITING = 8 << 20  # characters
 PATIENCE = 1.0  # seconds that `flush` waits for a reader
+
+
+class _Ring(Enum):
+    LINE = auto()  # there is one, which may wait for others
+    HURRY = auto()
+    END = auto()
 
 
 class LineWriter:
@@ -31,12 +39,13 @@ class LineWriter:
         self._file = _descriptor(stream)
         self._dropped_line = dropped
         self._lines: deque[str | threading.Event] = deque()
-        self._added = 0  # characters, ever; `_taken` has one writer too, so neither needs a lock
+        # Characters and lines, ever. Each has one writer, so none needs a lock: a finaliser may log while one is held.
+        self._added = 0
         self._taken = 0
         self._dropped = 0
-        self._bell: SimpleQueue[bool] = SimpleQueue()  # True: go on; False: that was all
+        self._told = 0  # how many of the dropped ones
+        self._bell: SimpleQueue[_Ring] = SimpleQueue()
         self._rung = False
-        self._hurry = threading.Event()
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -52,9 +61,9 @@ class LineWriter:
         self._lines.append(line)
         self._added += len(line) + 1
         if hurry or waiting > ENOUGH:
-            self._hurry.set()
-        if not self._rung:
-            self._ring()
+            self._ring(_Ring.HURRY)
+        elif not self._rung:
+            self._ring(_Ring.LINE)
         if asyncio._get_running_loop() is None and threading.current_thread() is threading.main_thread():
             self.flush()
 
@@ -64,17 +73,15 @@ class LineWriter:
             return
         written = threading.Event()
         self._lines.append(written)
-        self._hurry.set()
-        self._ring()
+        self._ring(_Ring.HURRY)
         written.wait(PATIENCE)
 
     def close(self) -> None:
         """The thread ends when it has written all; nobody waits for it but in `flush`."""
         self._closed = True
-        self._bell.put(False)
-        self._hurry.set()
+        self._bell.put(_Ring.END)
 
-    def _ring(self) -> None:
+    def _ring(self, ring: "_Ring") -> None:
         self._rung = True
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="log", daemon=True)
@@ -83,16 +90,17 @@ class LineWriter:
             except RuntimeError:  # the machine has no more threads, or the interpreter ends
                 self._closed = True
                 self._write_all()
-        self._bell.put(True)
+        self._bell.put(ring)
 
     # --- in the thread
 
     def _run(self) -> None:
-        going_on = True
-        while going_on:
-            going_on = self._bell.get()
-            self._hurry.wait(LINGER)
-            self._hurry.clear()
+        ring = _Ring.LINE
+        while ring is not _Ring.END:
+            ring = self._bell.get()
+            if ring is _Ring.LINE:
+                with suppress(Empty):
+                    ring = self._bell.get(timeout=LINGER)
             self._rung = False  # before we look: a line that comes from now on rings again
             self._write_all()
 
@@ -110,8 +118,8 @@ class LineWriter:
             if batch:
                 self._write("\n".join(batch) + "\n")
                 self._taken += size
-            if self._dropped and not self._lines:
-                dropped, self._dropped = self._dropped, 0
+            if self._dropped > self._told and not self._lines:
+                dropped, self._told = self._dropped - self._told, self._dropped
                 self._write(self._dropped_line(dropped) + "\n")
             if written is not None:
                 written.set()
@@ -125,7 +133,14 @@ class LineWriter:
             # Not by way of the stream: who blocks in it holds its lock, and the interpreter asks for that at its end.
             left = text.encode(self._stream.encoding, "backslashreplace")
             while left:
-                left = left[os.write(self._file, left) :]
+                left = left[self._write_some(self._file, left) :]
+
+    def _write_some(self, file: int, data: bytes) -> int:
+        try:
+            return os.write(file, data)
+        except BlockingIOError:  # somebody who shares it has set O_NONBLOCK
+            select.select([], [file], [], PATIENCE)
+            return 0
 
 
 def _descriptor(stream: TextIO) -> int | None:

@@ -61,10 +61,10 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         exchange.status = exchange.status or response.status
         return response
     finally:
+        pulse.leave()
         exchange.ended = exchange.ended or monotonic()
         if not request.path.startswith(_QUIET):
             _log(request, exchange)
-        pulse.leave()
 
 
 async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:

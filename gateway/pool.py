@@ -167,7 +167,8 @@ class Pool:
 
     async def _tls(self) -> ssl.SSLContext:
         """Made in a thread when it is first needed: it reads a few hundred certificates, which takes 40 ms."""
-        if self._context is None:
+        failed = self._context is not None and self._context.done() and self._context.exception() is not None
+        if self._context is None or failed:
             self._context = asyncio.create_task(asyncio.to_thread(_verifying))
         return await asyncio.shield(self._context)
 

@@ -5,6 +5,7 @@ in the shortest interval and at least once a second, so that a limit of 60 s hol
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from time import monotonic
 
@@ -12,14 +13,17 @@ from gateway.client import Client
 from gateway.protocol.errors import ShuttingDown
 from gateway.settings import Settings
 
+log = logging.getLogger("gateway.pulse")
+
 LAST_WORDS = 1.0  # seconds that streams have for their error event when the drain is over
 
 
 class Pulse:
     """All open exchanges. Opened and closed by app.py; each is there from `watch` to `forget`."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, on_bug: Callable[[], None] = lambda: None) -> None:
         self._settings = settings
+        self._on_bug = on_bug  # counts exceptions that nobody expected
         self._clients: set[Client] = set()
         self._in_flight = 0  # requests of any kind
         self.draining = False  # app: SIGTERM came, we are no longer ready
@@ -63,7 +67,11 @@ class Pulse:
             await asyncio.sleep(interval)
             now = monotonic()
             for client in list(self._clients):
-                client.check(now, settings)
+                try:
+                    client.check(now, settings)
+                except Exception:  # whatever is wrong with one, the others' limits still hold; counted
+                    self._on_bug()
+                    log.exception("looking at an exchange failed")
 
     async def drain(self, timeout: float) -> None:
         """Let what is open finish; after `timeout` seconds end it with an error that says why."""

@@ -75,7 +75,7 @@ async def relay(request: web.Request, exchange: Exchange) -> web.StreamResponse:
 
 
 class _Attempt:
-    """One try at one target. Its exchange's outcome, status, error_code and meter are written here alone."""
+    """One try at one target. Its exchange's outcome, status and error_code are written here alone."""
 
     __slots__ = (
         "_client",
@@ -151,8 +151,10 @@ class _Attempt:
         finally:
             task.cancel()
             await asyncio.wait({task})
-            if not task.cancelled():
-                task.exception()  # nobody is left to hear of it
+            error = None if task.cancelled() else task.exception()
+            if self._client.left and error is not None and not isinstance(error, GatewayError | ConnectionError):
+                self._metrics.internal_errors.labels("stream").inc()  # nobody else is left to hear of it
+                log.error("an outlived exchange failed", exc_info=error)
 
     # --- a stream
 
@@ -225,7 +227,7 @@ class _Attempt:
             raise
         finally:
             self._client.answer = None
-            self._tally.settle()
+            stream.settle()
         if last is None:
             answer.close()
             return await self._cut()

@@ -116,7 +116,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     gateway_fsync: Annotated[
         Literal["group", "always", "never"],
-        _doc("a client's last byte waits for its usage on disk: `always`; `group`, half a millisecond at most; `never`"),
+        _doc(
+            "a client's last byte waits for its usage on disk: `always`; `group`, half a millisecond at most; `never`"
+        ),
     ] = "group"
     gateway_on_journal_full: Annotated[
         Literal["closed", "open"], _doc("no room for usage on disk: `closed` refuses (503), `open` serves unaccounted")

@@ -4,9 +4,9 @@ The provider's connection hands each read straight to `received`, and what comes
 before the next read. The coroutine sleeps until the stream stops: at its end, at a fault, or when its budget has to be
 asked for more.
 
-Rule 1: what the client gets does not depend on the way it takes. With DIRECT off it takes the simple one: the coroutine
-reads, and waits for each write.
-Rule 2: a client that does not read stops the reading of its provider, so no more than a read or two waits for it here.
+Rule 1: what the client gets is what it would get if the coroutine read, fed and wrote, and waited for each of them. A
+test compares the two.
+Rule 2: a client that does not read stops the reading of its provider, so no more than a read waits for it.
 """
 
 import asyncio
@@ -24,7 +24,6 @@ from gateway.series import CounterSeries
 from gateway.stores.recorder import Recorder
 from gateway.upstream import Answer
 
-DIRECT = True
 LIVE = 0.25  # seconds that the figures of a stream which runs may be old
 
 
@@ -90,9 +89,9 @@ class Stream:
         "_client",
         "_due",
         "_exchange",
+        "_fault",
         "_flowing",
         "_gathered",
-        "_held",
         "_last",
         "_limit",
         "_lines",
@@ -133,7 +132,7 @@ class Stream:
         self._chunks: list[Chunk] = []  # under a budget: fed, and not passed on yet
         self._last: list[Chunk] = []  # with the last word in them
         self._answer: Answer | None = None  # the one that is followed
-        self._held: list[bytes | GatewayError] = []  # came while nothing could be passed on
+        self._fault: GatewayError | None = None  # came while the coroutine did something else
         self._stopped: asyncio.Future[None] | None = None  # the coroutine waits for the next stop
         self._flowing = False  # what comes is passed on at once
         self._due = 0.0  # when its figures are next brought up to date, seconds, monotonic
@@ -145,7 +144,7 @@ class Stream:
         """
         while True:
             if self._stop is None:
-                await (self._follow(answer) if DIRECT else self._read(answer))
+                await self._follow(answer)
             if self._stop is _Stop.END:
                 return self._last_words()
             assert self._reservation is not None
@@ -154,9 +153,15 @@ class Stream:
             self._stop = None
             self._send(self._pass_paid())
 
+    def settle(self) -> None:
+        """All that was read is counted, also what came in the turn in which the client left."""
+        self._tally.take(self._last)
+        self._last = []
+        self._tally.settle()
+
     def _last_words(self) -> bytes:
         """Sends all but the last chunk, which it gives. Raises UpstreamError, with all before the fault sent."""
-        chunks = self._last
+        chunks, self._last = self._last, []
         try:
             chunks = [*chunks, *self._translator.flush()]
         except GatewayError:
@@ -215,30 +220,16 @@ class Stream:
 
     # --- until the next stop
 
-    async def _read(self, answer: Answer) -> None:
-        """The simple way."""
-        client = self._client
-        while self._stop is None:
-            client.reading_since = monotonic()
-            data = await answer.read()
-            client.reading_since = 0.0
-            if passed := self._pass(data):
-                self._put(passed)
-                client.sent = monotonic()
-                await client.drain()
-            self._account(client.reading_since)
-
     async def _follow(self, answer: Answer) -> None:
         self._stopped = asyncio.get_running_loop().create_future()
-        self._client.on_flow = self._flow_changed
-        self._flowing = not self._client.blocked
+        self._client.on_flow = self._go_on
         try:
-            if self._answer is None:
-                self._answer = answer
-                self._client.reading_since = monotonic()
+            if self._fault is not None:
+                raise self._fault
+            follows, self._answer = self._answer is not None, answer
+            self._go_on()
+            if not follows:
                 answer.follow(self)
-            else:
-                self._go_on()
             await self._stopped
         finally:
             self._flowing = False
@@ -247,8 +238,7 @@ class Stream:
 
     def received(self, data: bytes) -> None:
         if not self._flowing:
-            self._held.append(data)
-            return
+            return  # it has stopped for good: while it only waits, the answer is paused
         client = self._client
         try:
             passed = self._pass(data)
@@ -257,7 +247,9 @@ class Stream:
         except Exception as error:  # of a gathered answer that is too long; else a bug of ours, which the relay reports
             self._end(error)
             return
-        client.reading_since = now = monotonic()
+        now = monotonic()
+        if self._flowing:  # what was put has not filled the client's buffer
+            client.reading_since = now
         if passed:
             client.sent = now
         if now >= self._due:
@@ -265,8 +257,6 @@ class Stream:
         if self._stop is not None:
             self._pause()
             self._end(None)
-        elif not self._flowing:  # what was put filled the client's buffer
-            client.reading_since = 0.0
 
     def _account(self, now: float) -> None:
         self._due = now + LIVE
@@ -277,37 +267,26 @@ class Stream:
         self.received(b"")
 
     def failed(self, error: GatewayError) -> None:
-        if self._held or self._stopped is None or self._stopped.done():
-            self._held.append(error)
+        if self._stopped is None or self._stopped.done():
+            self._fault = error  # an interruption, while the budget is asked for more
         else:
             self._end(error)  # also while the client does not read
 
-    def _flow_changed(self) -> None:
-        """The client has stopped reading, or reads again."""
+    def _go_on(self) -> None:
+        """Reads while the client does."""
+        assert self._answer is not None
         if self._client.blocked:
             self._pause()
         elif self._stopped is not None and not self._stopped.done():
-            self._go_on()
-
-    def _pause(self) -> None:
-        self._flowing = False
-        self._client.reading_since = 0.0
-        if self._answer is not None:
-            self._answer.pause()
-
-    def _go_on(self) -> None:
-        """Passes on what was held, and reads again when that did not fill the client's buffer anew."""
-        assert self._answer is not None
-        self._flowing = not self._client.blocked
-        while self._held and self._flowing:
-            item = self._held.pop(0)
-            if isinstance(item, GatewayError):
-                self._end(item)
-                return
-            self.received(item)
-        if self._flowing:
+            self._flowing = True
             self._client.reading_since = monotonic()
             self._answer.resume()
+
+    def _pause(self) -> None:
+        assert self._answer is not None
+        self._flowing = False
+        self._client.reading_since = 0.0
+        self._answer.pause()
 
     def _end(self, error: Exception | None) -> None:
         """Wakes the coroutine: the stream has stopped."""

@@ -8,6 +8,7 @@ Rule 3: headers are built here from an allow-list; nothing that a client sent re
 import asyncio
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
+from time import monotonic
 from urllib.parse import quote, urlsplit
 
 from gateway import __version__
@@ -26,6 +27,9 @@ MAX_DOCUMENT = 8 << 20  # bytes of a list of models
 _PASSED_ON = ("traceparent", "tracestate")  # https://www.w3.org/TR/trace-context/
 # Whatever an operator's file says: with these the head and its connection have to agree (RFC 9112 6 and 9.3).
 _FRAMING = ("content-length", "transfer-encoding", "connection")
+
+
+CLOSED_UNREAD = 1.0  # seconds within which a connection that was closed in the pool says so: some round trips
 
 
 class Upstream:
@@ -61,7 +65,7 @@ class Upstream:
                         raise UpstreamError(f"{provider.name} answered {answer.status}")
                     return await answer.body(MAX_DOCUMENT)
                 finally:
-                    answer.finish()
+                    answer.close()  # nothing is left to be read, or it is not wanted
         except TimeoutError:
             raise UpstreamTimeout(f"{provider.name} did not answer in {timeout:g} s") from None
 
@@ -93,11 +97,13 @@ class Upstream:
     ) -> Answer:
         connection = self._pool.take(origin)
         if connection is not None:
+            sent = monotonic()
             try:
                 return await _ask(Answer(connection, name), connection, head, body, on_connected)
             except Broken as broken:
-                # The provider closed it while nobody used it, and has not read the request: it is sent once more.
-                if broken.fault != "unanswered":
+                # The provider closed it while nobody used it, and has not read the request: it is sent once more. One
+                # that closes it later may have worked on it (RFC 9110 9.2.2).
+                if broken.fault != "unanswered" or monotonic() - sent > CLOSED_UNREAD:
                     raise
         connection = await self._pool.connect(origin)
         return await _ask(Answer(connection, name), connection, head, body, on_connected)

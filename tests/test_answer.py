@@ -281,6 +281,18 @@ async def test_a_sink_is_never_given_a_piece_inside_another() -> None:
     assert len(sink.heard) == 4
 
 
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+async def test_gzip_of_many_members_is_one_body(size: int) -> None:
+    packed = gzip.compress(PLAIN) + 3000 * gzip.compress(b"") + gzip.compress(PLAIN)
+    answer, _ = opened(b"Content-Encoding: gzip")
+    await answer.head()
+    answer.follow(sink := Noted())
+    for start in range(0, len(packed), size):
+        answer.received(packed[start : start + size])
+    answer.ended()
+    assert b"".join(part for part in sink.heard if isinstance(part, bytes)) == 2 * PLAIN
+
+
 async def test_an_interruption_comes_before_what_is_wrong_with_the_body() -> None:
     answer, _ = opened(b"Content-Encoding: gzip")
     await answer.head()

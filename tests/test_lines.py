@@ -212,3 +212,47 @@ def test_a_process_whose_stderr_nobody_reads_still_ends() -> None:
     code = PROCESS.format(end="[log.info('x' * 1000) for _ in range(1000)]")
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as process:
         assert process.wait(20) == 0
+
+
+async def test_a_stderr_that_somebody_made_non_blocking_loses_no_line(pipe: Pipe, writer: LineWriter) -> None:
+    os.set_blocking(pipe.stream.fileno(), False)
+    sent = [f"line {number} {'x' * 100}" for number in range(3000)]
+    for line in sent:
+        writer.add(line)
+    await until(lambda: len(pipe.read()) >= len(sent))
+    assert pipe.read() == sent
+
+
+async def test_a_line_that_is_logged_by_a_finaliser_stops_nobody() -> None:
+    """A collection may begin wherever memory is allocated, also inside a lock, and what it ends may log."""
+    program = """
+import asyncio, gc, logging, threading
+from gateway.logs import setup
+setup("info", "production")
+gc.disable()
+real, armed = threading._allocate_lock, []
+def allocate():
+    if armed and threading.current_thread().name == "log":
+        armed.clear()
+        gc.collect()
+    return real()
+threading._allocate_lock = allocate
+async def fail(): raise LookupError("x")
+def garbage():
+    box = [asyncio.get_running_loop().create_task(fail())]
+    box.append(box)
+async def main():
+    for word in ("one", "two", "three"):
+        garbage()
+        await asyncio.sleep(0.03)
+        armed.append(1)
+        logging.getLogger("gateway.test").info(word)
+        await asyncio.sleep(0.03)
+        gc.collect()
+        logging.getLogger("gateway.test").warning(word)
+asyncio.run(main())
+print("survived")
+"""
+    command = [sys.executable, "-c", program]
+    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=20)
+    assert done.stdout == "survived\n", done.stderr[-500:]

@@ -369,3 +369,23 @@ def test_tls_on_asyncios_own_loop_too(scenario: Callable[[Path], Coroutine[Any, 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_cancelled_while_connecting_on_asyncios_own_loop_too(scheme: str) -> None:
     on_asyncio(test_cancelled_while_connecting_nothing_is_left(scheme))
+
+
+async def test_certificates_that_could_not_be_read_once_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = pool._verifying
+    made: list[int] = []
+
+    def verifying() -> ssl.SSLContext:
+        made.append(1)
+        if len(made) == 1:
+            raise OSError(24, "too many open files")
+        return real()
+
+    monkeypatch.setattr(pool, "_verifying", verifying)
+    connections = pool.Pool(1.0, None)
+    nobody = pool.Origin(True, "127.0.0.1", await free_port())
+    for _ in range(3):
+        with pytest.raises(pool.Unreachable):
+            await connections.connect(nobody)
+    assert len(made) == 2
+    await connections.close()

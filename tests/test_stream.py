@@ -4,16 +4,25 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import aiohttp
 import orjson
 import pytest
 
-from gateway import stream
+from gateway.client import Client
+from gateway.exchange import Exchange
+from gateway.http1 import Connection as Http1
+from gateway.protocol.dialects import DIALECTS
+from gateway.protocol.meter import Meter
+from gateway.series import CounterSeries
+from gateway.stores.recorder import Recorder
+from gateway.stream import Stream, Tally
+from gateway.upstream import Answer
 from tests.support.gateway import Gateway, chat_body, running_gateway
 from tests.support.process import new_key, serving, until
-from tests.support.streams import Case, load_cases
+from tests.support.streams import Case, load_cases, make_call
 
 pytestmark = pytest.mark.integration
 
@@ -72,6 +81,14 @@ async def replaying(database_url: str, redis_url: str) -> AsyncIterator[Gateway]
 # --- one meaning, whatever the way --------------------------------------------------------------------------------
 
 
+async def read_simply(stream: Stream, answer: Answer) -> None:
+    """The reference, in place of `_follow`: a read, a feed, a write, and each is waited for."""
+    while stream._stop is None:
+        if passed := stream._pass(await answer.read()):
+            stream._put(passed)
+            await stream._client.drain()
+
+
 async def ask(client: aiohttp.ClientSession, gateway: Gateway, key: str, number: int, cut: str) -> bytes:
     case = CASES[number]
     body = {**chat_body(f"{case.dialect}/case-{number}-{cut}", stream=True), **case.request}
@@ -88,7 +105,7 @@ async def ask_all(gateway: Gateway, key: str, cut: str) -> list[bytes]:
 
 @pytest.mark.parametrize("budget", [False, True], ids=["no budget", "a budget that is asked for more"])
 @pytest.mark.parametrize("cut", ["events", "13", "1000000"])
-async def test_the_direct_way_and_the_simple_one_give_the_same_bytes(
+async def test_a_stream_that_is_followed_gives_the_bytes_of_one_that_is_read(
     database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch, cut: str, budget: bool
 ) -> None:
     monkeypatch.setattr("gateway.reserve.SLICE", 2)  # the first grant, in tokens: every stream asks for another
@@ -96,7 +113,7 @@ async def test_the_direct_way_and_the_simple_one_give_the_same_bytes(
         key = await gateway.new_key(**({"tokens_per_day": 1_000_000_000} if budget else {}))
         direct = await ask_all(gateway, key, cut)
         after_direct = [tuple(row.items()) for row in await gateway.rows()]
-        monkeypatch.setattr(stream, "DIRECT", False)
+        monkeypatch.setattr(Stream, "_follow", read_simply)
         simple = await ask_all(gateway, key, cut)
         rows = await gateway.rows()
     for case, one, other in zip(CASES, direct, simple, strict=True):
@@ -113,6 +130,122 @@ async def test_the_direct_way_and_the_simple_one_give_the_same_bytes(
     figures = sorted([tuple(str(row[name]) for name in counted) for row in rows[len(after_direct) :]])
     assert sorted([tuple(str(dict(row)[name]) for name in counted) for row in after_direct]) == figures
     assert sum(b"[DONE]" in one for one in direct) > len(CASES) / 2
+
+
+# --- other clients than most --------------------------------------------------------------------------------------
+
+HELLO = next(number for number, case in enumerate(CASES) if case.dialect == "openai" and b"[DONE]" in case.data)
+
+
+def raw_request(gateway: Gateway, *, version: str = "1.1", more: str = "") -> bytes:
+    body = orjson.dumps(chat_body(f"openai/case-{HELLO}-events", stream=True))
+    head = (
+        f"POST /v1/chat/completions HTTP/{version}\r\nHost: x\r\nAuthorization: Bearer {gateway.api_key}\r\n"
+        f"Content-Type: application/json\r\n{more}Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+async def exchange(gateway: Gateway, sent: bytes) -> bytes:
+    """All that comes back until the connection is closed."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(gateway.root_url.rsplit(":", 1)[1]))
+    writer.write(sent)
+    async with asyncio.timeout(5):
+        answered = await reader.read()
+    writer.close()
+    return answered
+
+
+async def test_streams_that_were_asked_for_at_once_on_one_connection_follow_each_other(
+    database_url: str, redis_url: str
+) -> None:
+    async with replaying(database_url, redis_url) as gateway:
+        last = raw_request(gateway, more="Connection: close\r\n")
+        answered = await exchange(gateway, raw_request(gateway) * 2 + last)
+        one, two, three = answered.split(b"HTTP/1.1 200 OK")[1:]
+        for answer in (one, two, three):
+            assert answer.endswith(b"0\r\n\r\n")
+            assert answer.count(b"[DONE]") == 1
+        assert [b"Connection: close" in answer for answer in (one, two, three)] == [False, False, True]
+        assert [row["outcome"] for row in await gateway.rows()] == ["ok"] * 3
+
+
+async def test_a_client_of_http_1_0_gets_a_stream_that_ends_with_its_connection(
+    database_url: str, redis_url: str
+) -> None:
+    async with replaying(database_url, redis_url) as gateway:
+        answered = await exchange(gateway, raw_request(gateway, version="1.0", more="Connection: keep-alive\r\n"))
+        head, _, body = answered.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.0 200 OK")
+        assert b"chunked" not in head and b"keep-alive" not in head
+        assert body.endswith(b"data: [DONE]\n\n")
+        assert CASES[HELLO].events()[0] in body
+
+
+# --- what a stream does with its answer, step by step -------------------------------------------------------------
+
+
+class Connected:
+    """A provider's connection, as far as an answer uses one."""
+
+    is_open = True
+    paused = False
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
+
+    def cut(self) -> None:
+        """Nothing is there."""
+
+
+def streaming(*, blocked: bool = False) -> tuple[Stream, Answer, Connected, Meter, Any]:
+    """A stream of an OpenAI dialect's answer, to a client that is none."""
+    call, meter, connected = make_call("openai"), Meter(()), Connected()
+    exchange = Exchange(chat=call.chat, target=call.target, meter=meter)
+    client = SimpleNamespace(write=lambda data: None, blocked=blocked, on_flow=None, reading_since=0.0, sent=0.0)
+    tally = Tally(exchange, meter, CounterSeries())
+    recorder = cast(Recorder, SimpleNamespace(tick=lambda exchange: None))
+    stream = Stream(exchange, DIALECTS["openai"].translator(call), tally, cast(Client, client), recorder)
+    return stream, Answer(cast(Http1, connected), "example"), connected, meter, client
+
+
+async def test_a_provider_is_not_read_for_a_client_that_is_blocked_from_the_start() -> None:
+    stream, answer, connected, _, client = streaming(blocked=True)
+    task = asyncio.create_task(stream.run(answer))
+    await asyncio.sleep(0)
+    assert connected.paused
+    client.blocked = False
+    client.on_flow()
+    assert not connected.paused
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def test_the_usage_that_came_in_the_turn_in_which_the_client_left_is_billed() -> None:
+    stream, answer, _, meter, _ = streaming()
+    task = asyncio.create_task(stream.run(answer))
+    await asyncio.sleep(0)
+    usage = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":11,"total_tokens":18}}\n\n'
+    answer.received(usage + b"data: [DONE]\n\n")
+    task.cancel()
+    await asyncio.wait([task])
+    stream.settle()
+    assert meter.usage is not None
+    assert (meter.usage.prompt_tokens, meter.usage.completion_tokens) == (7, 11)
+
+
+async def test_a_stream_that_runs_says_when_it_last_sent_so_that_no_heartbeat_comes_between() -> None:
+    stream, answer, _, _, client = streaming()
+    task = asyncio.create_task(stream.run(answer))
+    await asyncio.sleep(0)
+    assert client.sent == 0.0
+    answer.received(b'data: {"choices":[{"index":0,"delta":{"content":"hi"}}]}\n\n')
+    assert client.sent > 0.0 and client.reading_since > 0.0
+    task.cancel()
+    await asyncio.wait([task])
 
 
 # --- a client that does not read ----------------------------------------------------------------------------------

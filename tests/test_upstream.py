@@ -184,6 +184,24 @@ async def test_after_a_byte_of_an_answer_or_on_a_fresh_connection_it_is_not_sent
         assert len(far.requests) == 3
 
 
+async def test_a_request_that_a_provider_may_have_worked_on_is_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.upstream.CLOSED_UNREAD", 0.05)
+
+    async def work(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(HELLO)
+        requests.append(await read_request(reader))
+        await asyncio.sleep(0.2)
+        writer.close()
+
+    requests: list[bytes] = []
+    async with listening(work) as port, client() as upstream:
+        await exchange(upstream, f"http://127.0.0.1:{port}")
+        with pytest.raises(UpstreamError) as raised:
+            await ask(upstream, f"http://127.0.0.1:{port}")
+        assert (raised.value.kind, len(requests)) == ("reset", 1)
+
+
 # --- faults
 
 

@@ -46,6 +46,7 @@ async def stats(turns: Turns, request: web.Request) -> web.Response:
     form = _choice(query, "format", FORMATS, "json")
     group_by = _choice(query, "group_by", GROUP_BY, "")
     scope = _scope(principal, query, default_range="24h")
+    queued = root(request)[SHIPPER].queued  # before the rows are read: one that is shipped meanwhile is in both
     async with turns.take(principal.account_id):
         found = await read_stats(root(request)[POOL], scope, group_by or None)
     if form == "csv":
@@ -55,7 +56,7 @@ async def stats(turns: Turns, request: web.Request) -> web.Response:
         "since": found.begin,
         "until": found.end,
         "as_of": found.as_of,
-        "queued": root(request)[SHIPPER].queued,
+        "queued": queued,
         "totals": _figures(found.totals),
         "last_hour": _figures(found.last_hour),
         "top_models": [{"model": top.name, **_figures(top)} for top in found.top_models],
@@ -74,6 +75,7 @@ async def usage(turns: Turns, request: web.Request) -> web.Response:
     form = _choice(query, "format", FORMATS, "json")
     limit, cursor = _limit(query), _cursor(query)
     scope = _scope(principal, query, default_range="all")
+    queued = root(request)[SHIPPER].queued  # before the rows are read, as above
     async with turns.take(principal.account_id):
         found = await read_rows(root(request)[POOL], scope, cursor, limit + 1)
     page, more = found[:limit], len(found) > limit
@@ -81,7 +83,7 @@ async def usage(turns: Turns, request: web.Request) -> web.Response:
     # A thousand rows are five milliseconds of work as JSON and twenty as CSV: streams would feel it.
     if form == "csv":
         return await asyncio.to_thread(_rows_csv, page, next_cursor)
-    return await asyncio.to_thread(_page, page, next_cursor, root(request)[SHIPPER].queued)
+    return await asyncio.to_thread(_page, page, next_cursor, queued)
 
 
 # --- what was asked -----------------------------------------------------------------------------------------------

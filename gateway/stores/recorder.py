@@ -62,7 +62,7 @@ class Recorder:
             await self._copy.begun(row)
 
     def tick(self, exchange: Exchange) -> None:
-        """While a stream runs, at every step of it; written every TICK seconds."""
+        """While a stream runs, now and then; written every TICK seconds."""
         now = monotonic()
         if exchange.meter is None or now - exchange.ticked < TICK:
             return

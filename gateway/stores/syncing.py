@@ -53,6 +53,8 @@ def _do(work: Callable[[], None], done: Callable[[OSError | None], None], loop: 
         work()
     except OSError as raised:
         error = raised
+    except Exception as raised:  # it must not end the thread: nobody would be told of the disk any more
+        error = OSError(f"{type(raised).__name__}: {raised}")
     with suppress(RuntimeError):  # the loop is closed: nobody is left to hear of it
         loop.call_soon_threadsafe(done, error)
 
@@ -102,7 +104,7 @@ class Waiting:
         self._alarm_at = at
         if self._alarm is None:
             self._alarm = Alarm(self._ring)
-        self._alarm.set(0 if at == inf else seconds)
+        self._alarm.set(0 if at == inf else max(seconds, 1e-6))
 
     def close(self) -> None:
         if self._alarm is not None:
