@@ -60,7 +60,7 @@ def _refuse_duplicates(body: bytes) -> None:
 
     try:
         json.loads(body, object_pairs_hook=unique, parse_int=float)
-    except RecursionError:  # what the duplicate hid from `_measure`
+    except RecursionError:  # what the duplicate hid from `_check_depth`
         raise InvalidJSON(f"the request body is nested deeper than {MAX_DEPTH} levels") from None
 
 

@@ -34,16 +34,11 @@ class Target:
     own_credential: bool = False  # the caller's own, not the operator's
 
 
-# Models whose targets are kept. Clients choose the names, so there may be any number of them.
-MAX_KEPT = 1024
-
-
 @dataclass(frozen=True, slots=True)
 class Routes:
     providers: Mapping[str, Provider]
     aliases: Mapping[str, str] = field(default_factory=dict)  # alias -> `provider/model` or a model name
     default: str = "ollama"
-    _targets: dict[str, Target] = field(init=False, repr=False, compare=False, default_factory=dict)  # by model
 
     def resolve(self, model: str, own_credential: str | None = None) -> Target:
         """The target for a model name. Raises ModelNotFound when no provider here can answer for it.
@@ -51,17 +46,6 @@ class Routes:
         `provider/model` when it names a provider; else the longest matching rule; else the default provider. A provider
         without a credential of the operator's answers only for a caller who brings one.
         """
-        if own_credential is not None:
-            return self._resolve(model, own_credential)
-        target = self._targets.get(model)
-        if target is None:
-            target = self._resolve(model, None)
-            if len(self._targets) >= MAX_KEPT:
-                self._targets.clear()
-            self._targets[model] = target
-        return target
-
-    def _resolve(self, model: str, own_credential: str | None) -> Target:
         name = self.aliases.get(model, model)
         provider, upstream_model = self._choose(name)
         if provider is None or not (provider.enabled or own_credential):
