@@ -111,12 +111,26 @@ async def connect_database(url: str, wait: float = DATABASE_WAIT) -> asyncpg.Poo
     while True:
         try:
             await migrate(url)
-            break
-        except (OSError, asyncpg.CannotConnectNowError, asyncpg.TooManyConnectionsError) as error:
+            return await _open_pool(url)
+        except _COMING_UP as error:
             if asyncio.get_running_loop().time() > deadline:
                 raise
             log.warning("waiting for Postgres: %s", type(error).__name__)
             await asyncio.sleep(0.5)
+
+
+# What a server says that starts, stops or is started again.
+_COMING_UP = (
+    OSError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.TooManyConnectionsError,
+)
+
+
+async def _open_pool(url: str) -> asyncpg.Pool:
     return await asyncpg.create_pool(
         url,
         min_size=2,  # a look-up of a key does not wait for a new connection

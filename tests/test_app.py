@@ -166,3 +166,22 @@ async def test_an_ollama_that_was_given_is_used_whether_it_answers_or_not(databa
     async with running_gateway(database_url, redis_url, {"OLLAMA_BASE_URL": "http://127.0.0.1:9"}) as gateway:
         await gateway.app[appkeys.CATALOGUE].refresh()
         assert await ask(gateway, "llama3.2") == (502, "upstream_unreachable")
+
+
+async def test_a_start_waits_for_a_postgres_that_goes_away_in_the_middle_of_it(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults: list[Exception] = [
+        asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation"),
+        asyncpg.AdminShutdownError("terminating connection due to administrator command"),
+    ]
+
+    async def migrate(url: str) -> None:
+        if faults:
+            raise faults.pop()
+
+    monkeypatch.setattr(application, "migrate", migrate)
+    pool = await application.connect_database(database_url)
+    assert not faults
+    assert await pool.fetchval("select 1") == 1
+    await pool.close()

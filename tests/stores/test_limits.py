@@ -641,7 +641,7 @@ async def test_an_admission_among_many_costs_a_few_microseconds(redis_url: str, 
         alone = min([await microseconds(1, 100) for _ in range(5)])
         among_many = min([await microseconds(64, 10) for _ in range(10)])
     figure(f"limiter: {alone:.0f} µs of CPU to admit and release, {among_many:.0f} among 64 at once")
-    assert among_many < 40
+    assert among_many < 0.8 * alone  # 15 and 30 where nothing else runs; both grow with what does
     assert among_many < alone
 
 
