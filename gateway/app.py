@@ -4,11 +4,11 @@ import asyncio
 import ctypes
 import gc
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import asyncpg
 from aiohttp import web
@@ -22,6 +22,7 @@ from gateway.embedded import Embedded
 from gateway.exchange import Budget
 from gateway.handlers import accounts, chat, health, models, stats
 from gateway.metrics import Metrics
+from gateway.protocol.errors import Unavailable
 from gateway.protocol.pricing import PriceTable
 from gateway.protocol.routing import Provider, Routes
 from gateway.pulse import Pulse
@@ -107,19 +108,15 @@ async def open_database(settings: Settings) -> AsyncIterator[tuple[str, str]]:
 
 async def connect_database(url: str, wait: float = DATABASE_WAIT) -> asyncpg.Pool:
     """A pool on a migrated database. Waits for a server that is still coming up; raises what the last try did."""
-    deadline = asyncio.get_running_loop().time() + wait
-    while True:
-        try:
-            await migrate(url)
-            return await _open_pool(url)
-        except _COMING_UP as error:
-            if asyncio.get_running_loop().time() > deadline:
-                raise
-            log.warning("waiting for Postgres: %s", type(error).__name__)
-            await asyncio.sleep(0.5)
+
+    async def connect() -> asyncpg.Pool:
+        await migrate(url)
+        return await _open_pool(url)
+
+    return await _patiently(connect, wait)
 
 
-# What a server says that starts, stops or is started again.
+# What a server says that starts, stops or is started again; the last is our own word for it.
 _COMING_UP = (
     OSError,
     asyncpg.PostgresConnectionError,
@@ -127,7 +124,23 @@ _COMING_UP = (
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
     asyncpg.TooManyConnectionsError,
+    Unavailable,
 )
+
+T = TypeVar("T")
+
+
+async def _patiently(ask: Callable[[], Awaitable[T]], wait: float = DATABASE_WAIT) -> T:
+    """What Postgres answers, as soon as it does."""
+    deadline = asyncio.get_running_loop().time() + wait
+    while True:
+        try:
+            return await ask()
+        except _COMING_UP as error:
+            if asyncio.get_running_loop().time() > deadline:
+                raise
+            log.warning("waiting for Postgres: %s", type(error).__name__)
+            await asyncio.sleep(0.5)
 
 
 async def _open_pool(url: str) -> asyncpg.Pool:
@@ -189,7 +202,7 @@ async def _key_store(
     return KeyStore(
         pool,
         redis,
-        pepper=await load_pepper(pool, settings.gateway_key_pepper),
+        pepper=await _patiently(lambda: load_pepper(pool, settings.gateway_key_pepper)),
         cache_seconds=settings.gateway_key_cache,
         stale_seconds=settings.gateway_key_stale,
         hashing=hashing,
@@ -214,7 +227,7 @@ async def _open_usage(
 ) -> None:
     """What becomes of usage: counted, recorded in a journal, perhaps copied, and shipped to the ledger."""
     pool, metrics = app[keys.POOL], app[keys.METRICS]
-    root = Path(settings.gateway_data_dir) / "journal" / await deployment_id(pool)
+    root = Path(settings.gateway_data_dir) / "journal" / await _patiently(lambda: deployment_id(pool))
     journal = Journal(root, fsync=settings.gateway_fsync)
     opened.callback(journal.close)
     tokeniser = Tokeniser()
@@ -241,7 +254,7 @@ async def _open_usage(
         on_adopted=lambda row: budgets.settle(row.request_id, row.total_tokens, row.cost_micros or 0),
         priced=recorder.priced,
         copy=copy,
-        key=await load_audit_key(pool, settings.gateway_audit_key),
+        key=await _patiently(lambda: load_audit_key(pool, settings.gateway_audit_key)),
     )
     metrics.usage_queue.follow(lambda: shipper.queued)
     metrics.usage_lag_seconds.follow(lambda: shipper.lag_seconds)

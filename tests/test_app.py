@@ -13,6 +13,7 @@ from gateway import app as application
 from gateway import appkeys
 from gateway.app import make_app
 from gateway.mock import Mock
+from gateway.protocol.errors import Unavailable
 from gateway.serve import make_runner
 from gateway.settings import SettingsError, load_settings
 from gateway.stores.passwords import HashingPool
@@ -174,6 +175,7 @@ async def test_a_start_waits_for_a_postgres_that_goes_away_in_the_middle_of_it(
     faults: list[Exception] = [
         asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation"),
         asyncpg.AdminShutdownError("terminating connection due to administrator command"),
+        Unavailable("the database cannot be reached"),
     ]
 
     async def migrate(url: str) -> None:

@@ -642,7 +642,6 @@ async def test_an_admission_among_many_costs_a_few_microseconds(redis_url: str, 
         among_many = min([await microseconds(64, 10) for _ in range(10)])
     figure(f"limiter: {alone:.0f} µs of CPU to admit and release, {among_many:.0f} among 64 at once")
     assert among_many < 0.8 * alone  # 15 and 30 where nothing else runs; both grow with what does
-    assert among_many < alone
 
 
 async def test_a_crowd_larger_than_one_round_trip_is_answered_whole(redis_url: str) -> None:

@@ -83,7 +83,7 @@ async def test_an_address_with_a_user_and_a_database(server: Valkey) -> None:
         await command(redis, "ACL SETUSER default off")
     async with listener(server) as port:
         await works(f"redis://gateway:secret@127.0.0.1:{port}/2", 2)
-        async with connect_redis(f"redis://gateway:wrong@127.0.0.1:{port}/2") as redis:
+        async with connect_redis(f"redis://gateway:wrong@127.0.0.1:{port}/2?socket_connect_timeout=5") as redis:
             with pytest.raises(exceptions.AuthenticationError):
                 await open_connection(redis, SCRIPT)
 
@@ -96,7 +96,7 @@ async def test_tls(server: Valkey) -> None:
         await works(
             f"rediss://127.0.0.1:{port}/1?ssl_cert_reqs=none&ssl_ciphers={ANONYMOUS}&socket_connect_timeout=5", 1
         )
-        async with connect_redis(f"rediss://127.0.0.1:{port}/1") as redis:
+        async with connect_redis(f"rediss://127.0.0.1:{port}/1?socket_connect_timeout=5") as redis:
             with pytest.raises(exceptions.ConnectionError):
                 await open_connection(redis, SCRIPT)
 
