@@ -246,8 +246,7 @@ def test_counting_costs_little(figure: Callable[[str], None]) -> None:
     }
     costs["exchange_ended"] = _cost(lambda: metrics.exchange_ended(ended, usage, "provider"))
     figure("metrics: " + ", ".join(f"{what} {cost:.2f} µs" for what, cost in costs.items()))
-    # Beside busy neighbours, and with what measures coverage: up to 4.
-    assert max(cost for what, cost in costs.items() if what != "exchange_ended") < 20
+    assert max(cost for what, cost in costs.items() if what != "exchange_ended") < 5
 
 
 def _cost(call: object) -> float:

@@ -903,10 +903,14 @@ async def test_a_reservation_costs_little_more_than_an_admission(
 async def test_a_chunk_costs_a_comparison(redis_url: str, pool: Pool, figure: Callable[[str], None]) -> None:
     async with budgets(redis_url, pool) as one:
         reservation = await reserve(one, a_day(10**6), output=10**5)
-        used = reservation.used
-        started = time.process_time()
-        for count in range(50_000):
-            used(count)
-        cost = (time.process_time() - started) / 50_000
+
+        def cost_of(call: Callable[[int], object]) -> float:
+            started = time.process_time()
+            for count in range(10_000):
+                call(count)
+            return (time.process_time() - started) / 10_000
+
+        cost = min(cost_of(reservation.used) for _ in range(5))
+        yardstick = min(cost_of(lambda count: bool(NO_BUDGET)) for _ in range(5))
         figure(f"budgets: {cost * 1e9:.0f} ns of CPU a chunk")
-        assert cost < 2e-5  # 0.1 µs; with what measures coverage and busy neighbours up to 3
+        assert cost < 5 * yardstick  # four fields are looked at in it; what measures coverage slows both
