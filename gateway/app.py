@@ -17,7 +17,9 @@ from redis.exceptions import RedisError
 
 from gateway import appkeys as keys
 from gateway import middlewares
+from gateway.balancer import Balancer
 from gateway.catalogue import Catalogue
+from gateway.config import Config, RateRow, load_config
 from gateway.embedded import Embedded
 from gateway.exchange import Budget
 from gateway.handlers import accounts, chat, health, models, stats
@@ -26,7 +28,7 @@ from gateway.protocol.errors import Unavailable
 from gateway.protocol.pricing import PriceTable
 from gateway.protocol.routing import Provider, Routes
 from gateway.pulse import Pulse
-from gateway.settings import RateRow, Settings, SettingsError, load_prices, load_rates, load_routes
+from gateway.settings import Settings, SettingsError
 from gateway.stores.accounts import AccountStore
 from gateway.stores.budgets import Budgets
 from gateway.stores.chain import load_audit_key
@@ -63,8 +65,8 @@ def make_app(settings: Settings, environ: Mapping[str, str], *, settle: bool = F
     app = web.Application(middlewares=[middlewares.errors])
     app[keys.SETTINGS] = settings
     app.on_response_prepare.append(middlewares.on_prepare)
-    routes = load_routes(settings, environ)
-    _check_default(settings, routes)
+    config = load_config(settings, environ)
+    _check_default(settings, config.routes)
 
     v1 = web.Application(middlewares=middlewares.V1)
     v1.add_routes([*chat.routes(), *models.routes()])
@@ -72,8 +74,7 @@ def make_app(settings: Settings, environ: Mapping[str, str], *, settle: bool = F
     app.add_routes([*health.routes(), *accounts.routes(), *stats.routes()])
 
     # Opened in this order, closed in the reverse one: the writers drain while the pools are open.
-    stores = _stores(settings, routes, load_prices(settings), load_rates(settings))
-    opened = [stores, _providers(settings, routes), *([_settled] if settle else []), _tasks]
+    opened = [_stores(settings, config), _providers(settings, config.routes), *([_settled] if settle else []), _tasks]
     app.cleanup_ctx.extend(opened)
     return app
 
@@ -171,7 +172,7 @@ def open_redis(url: str) -> Redis:
     return redis
 
 
-def _stores(settings: Settings, routes: Routes, prices: PriceTable, rates: Mapping[str, RateRow]) -> Context:
+def _stores(settings: Settings, config: Config) -> Context:
     async def context(app: web.Application) -> AsyncIterator[None]:
         async with AsyncExitStack() as opened:  # a start that fails half-way closes what it has
             database_url, redis_url = await opened.enter_async_context(open_database(settings))
@@ -181,7 +182,7 @@ def _stores(settings: Settings, routes: Routes, prices: PriceTable, rates: Mappi
             opened.push_async_callback(redis.aclose)
             with suppress(RedisError, OSError):  # the first request should not pay for the connection
                 await redis.ping()
-            app[keys.METRICS] = metrics = Metrics(providers=routes.providers)
+            app[keys.METRICS] = metrics = Metrics(providers=config.routes.providers)
             # A pool each: while passwords are guessed, keys are still verified.
             for_keys, for_passwords = HashingPool(), HashingPool()
             opened.callback(for_keys.close)
@@ -189,8 +190,8 @@ def _stores(settings: Settings, routes: Routes, prices: PriceTable, rates: Mappi
             app[keys.ACCOUNTS] = AccountStore(pool, hashing=for_passwords)
             app[keys.KEYS] = await _key_store(settings, pool, redis, for_keys, metrics)
             app[keys.SCRIPT] = RedisScript(redis, on_error=lambda kind: metrics.dependency_errors.labels("redis").inc())
-            app[keys.LIMITER] = _limiter(settings, rates, app[keys.SCRIPT], metrics)
-            await _open_usage(app, opened, settings, redis, prices)
+            app[keys.LIMITER] = _limiter(settings, config.rates, app[keys.SCRIPT], metrics)
+            await _open_usage(app, opened, settings, redis, config.prices)
             yield
 
     return context
@@ -296,6 +297,7 @@ def _providers(settings: Settings, routes: Routes) -> Context:
                 known = _with_mock(routes, await mock.start())
             app[keys.UPSTREAM] = upstream = Upstream(settings)
             opened.push_async_callback(upstream.close)
+            app[keys.BALANCER] = Balancer()
             learn = app[keys.METRICS].known_models.update
             app[keys.CATALOGUE] = Catalogue(known, upstream, probed=_probed(known), on_models=learn)
             yield

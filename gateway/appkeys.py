@@ -7,6 +7,7 @@ chain of mappings each time it is asked: ten times the price.)
 import asyncpg
 from aiohttp import web
 
+from gateway.balancer import Balancer
 from gateway.catalogue import Catalogue
 from gateway.exchange import Exchange
 from gateway.metrics import Metrics
@@ -36,6 +37,7 @@ RECORDER = web.AppKey("RECORDER", Recorder)
 SHIPPER = web.AppKey("SHIPPER", Shipper)
 METRICS = web.AppKey("METRICS", Metrics)
 CATALOGUE = web.AppKey("CATALOGUE", Catalogue)
+BALANCER = web.AppKey("BALANCER", Balancer)
 PULSE = web.AppKey("PULSE", Pulse)
 UPSTREAM = web.AppKey("UPSTREAM", Upstream)
 

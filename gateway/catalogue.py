@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -11,14 +10,14 @@ import orjson
 
 from gateway.protocol.dialects import DIALECTS
 from gateway.protocol.errors import GatewayError, PermissionDenied
-from gateway.protocol.routing import Provider, Routes, Target
+from gateway.protocol.routing import Provider, Route, Routes, Target
 from gateway.upstream import Upstream
 
 log = logging.getLogger("gateway.catalogue")
 
 REFRESH = 60.0  # seconds between two looks at every provider's list
 MAX_PATTERNS = 256  # different sets of allowed models whose list is remembered
-MAX_TARGETS = 4096  # of different questions that are remembered; clients choose the names
+MAX_ROUTES = 4096  # of different questions that are remembered; clients choose the names
 PROBE_TIMEOUT = 3.0  # seconds for a provider to give its list; it is asked again at the next look
 
 
@@ -42,29 +41,27 @@ class Catalogue:
         self._on_models = on_models
         self._listed: dict[str, Sequence[str]] = {name: p.models for name, p in routes.providers.items()}
         self._answers_by_patterns: dict[tuple[str, ...], list[Model]] = {}  # to `models`, until the next look
-        self._targets: dict[tuple[str, bool, tuple[str, ...]], Target] = {}  # by what `resolve` was asked, likewise
+        self._known: dict[tuple[str, tuple[str, ...]], Route] = {}  # by what `resolve` was asked, likewise
         self.reachable: dict[str, bool] = {}  # by provider, as of the last look
         self._publish()
 
-    def resolve(self, model: str, own_credential: str | None, allowed: tuple[str, ...]) -> Target:
-        """The target for a model name. Raises ModelNotFound, or PermissionDenied when the key may not use it."""
-        asked = (model, own_credential is not None, allowed)
-        target = self._targets.get(asked)
-        if target is None:
-            target = self._resolve(model, own_credential, allowed)
-            if len(self._targets) >= MAX_TARGETS:
-                self._targets.clear()
-            # A caller's own credential is for this one request.
-            self._targets[asked] = replace(target, credential=None) if target.own_credential else target
-        elif own_credential is not None:
-            target = Target(target.provider, target.model, own_credential, own_credential=True)
-        return target
+    def resolve(self, model: str, own_credential: str | None, allowed: tuple[str, ...]) -> Route:
+        """Who may answer for a model name. Raises ModelNotFound, or PermissionDenied when the key may not use it."""
+        if own_credential is not None:  # it is for this one request: nothing of it is remembered
+            return self._resolve(model, own_credential, allowed)
+        route = self._known.get(asked := (model, allowed))
+        if route is None:
+            route = self._resolve(model, None, allowed)
+            if len(self._known) >= MAX_ROUTES:
+                self._known.clear()
+            self._known[asked] = route
+        return route
 
-    def _resolve(self, model: str, own_credential: str | None, allowed: Sequence[str]) -> Target:
-        target = self.routes.resolve(model, own_credential)
-        if allowed and not self._may(allowed, model, target):
+    def _resolve(self, model: str, own_credential: str | None, allowed: Sequence[str]) -> Route:
+        route = self.routes.resolve(model, own_credential)
+        if allowed and not self._may(allowed, model, route[0][0]):
             raise PermissionDenied(f"this key may not use the model {model!r}", param="model", code="model_not_allowed")
-        return target
+        return route
 
     @staticmethod
     def _may(allowed: Sequence[str], model: str, target: Target) -> bool:
@@ -99,7 +96,7 @@ class Catalogue:
     def _ask_for(self, provider: Provider, model: str) -> str:
         """The plain name when it leads to this provider; else `provider/model`."""
         try:
-            plain = self.routes.resolve(model).provider.name == provider.name
+            plain = self.routes.resolve(model)[0][0].provider.name == provider.name
         except GatewayError:
             plain = False
         return model if plain else f"{provider.name}/{model}"
@@ -126,14 +123,14 @@ class Catalogue:
         self.reachable[provider.name] = listed is not None
         if provider.name in self._probed and provider.enabled != (listed is not None):
             self.routes = self.routes.with_enabled(provider.name, listed is not None)
-            self._targets.clear()
+            self._known.clear()
         if listed is not None:
             self._listed[provider.name] = [*dict.fromkeys([*provider.models, *listed])]
 
     def _publish(self) -> None:
         """Names that may become metric labels, as they are asked for: the providers' and the operator's own alone."""
         self._answers_by_patterns.clear()
-        self._targets.clear()
+        self._known.clear()
         names = set(self.routes.aliases)
         for provider, listed in self._listed.items():
             for name in listed:

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from gateway.protocol.chat import ChatRequest
 from gateway.protocol.meter import Meter
-from gateway.protocol.routing import Target
+from gateway.protocol.routing import Route, Target
 
 Outcome = Literal[
     "ok",
@@ -95,7 +95,8 @@ class Exchange:
 
     chat: ChatRequest | None = None  # middlewares.read_call
 
-    target: Target | None = None  # handlers.chat
+    route: Route = ()  # handlers.chat: who may answer
+    target: Target | None = None  # relay: who is asked, or answered
     model: str = ""  # handlers.chat: the model the client asked for
 
     reservation: Reservation | None = None  # relay: when a budget covers the exchange; settled by stores.recorder

@@ -49,24 +49,24 @@ def test_what_one_key_may_use_says_nothing_of_another() -> None:
     for _ in range(2):
         with pytest.raises(PermissionDenied):
             known.resolve("gpt-5", None, ("llama*",))
-        assert known.resolve("llama3", None, ("llama*",)).provider is OLLAMA
+        assert known.resolve("llama3", None, ("llama*",))[0][0].provider is OLLAMA
 
 
 def test_a_callers_own_credential_is_for_that_request_alone() -> None:
     known = catalogue()
     for credential in ("sk-one", "sk-two", "sk-two"):
-        target = known.resolve("gpt-5", credential, ())
+        target = known.resolve("gpt-5", credential, ())[0][0]
         assert (target.provider, target.model) == (OPENAI, "gpt-5")
         assert (target.credential, target.own_credential) == (credential, True)
     assert not any(target.credential in ("sk-one", "sk-two") for target in known._targets.values())
-    plain = known.resolve("gpt-5", None, ())
+    plain = known.resolve("gpt-5", None, ())[0][0]
     assert (plain.credential, plain.own_credential) == ("key of openai", False)
 
 
 def test_a_provider_without_a_credential_answers_whoever_brings_one_and_nobody_else() -> None:
     known = catalogue(None, Provider("openai", "openai", "https://openai.example/v1", enabled=False, rules=("gpt-*",)))
     for _ in range(2):
-        assert known.resolve("gpt-5", "sk-one", ()).credential == "sk-one"
+        assert known.resolve("gpt-5", "sk-one", ())[0][0].credential == "sk-one"
         with pytest.raises(ModelNotFound):
             known.resolve("gpt-5", None, ())
 
@@ -76,21 +76,21 @@ async def test_a_provider_that_went_away_is_no_target_any_more() -> None:
     lists.of = {"openai": ["gpt-5"], "ollama": ["llama3"]}
     known = catalogue(lists)
     await known.refresh()
-    assert known.resolve("llama3", None, ()).provider.name == "ollama"
+    assert known.resolve("llama3", None, ())[0][0].provider.name == "ollama"
     del lists.of["ollama"]
     await known.refresh()
     with pytest.raises(ModelNotFound):
         known.resolve("llama3", None, ())
     lists.of["ollama"] = ["llama3"]
     await known.refresh()
-    assert known.resolve("llama3", None, ()).provider.enabled
+    assert known.resolve("llama3", None, ())[0][0].provider.enabled
 
 
 def test_names_that_clients_choose_fill_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalogue_module, "MAX_TARGETS", 10)
     known = catalogue()
     for number in range(25):
-        assert known.resolve(f"model-{number}", None, ()).model == f"model-{number}"
+        assert known.resolve(f"model-{number}", None, ())[0][0].model == f"model-{number}"
         assert len(known._targets) <= 10
 
 

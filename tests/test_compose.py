@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from gateway.settings import Settings, load_routes, load_settings
+from gateway.config import load_config
+from gateway.settings import Settings, load_settings
 
 pytestmark = pytest.mark.unit
 
@@ -73,7 +74,7 @@ def test_an_ollama_is_looked_for_on_the_machine_and_none_is_given() -> None:
     environ = {name: re.sub(r"\$\{[A-Z_]+:[-?](.*)\}", r"\1", value) for name, value in gateway["environment"].items()}
     given = {name: environ[name] for name in ("OLLAMA_BASE_URL", "GATEWAY_OLLAMA_PROBE")}
     assert given == {"OLLAMA_BASE_URL": "", "GATEWAY_OLLAMA_PROBE": "http://host.docker.internal:11434"}
-    ollama = load_routes(load_settings(given), given).providers["ollama"]
+    ollama = load_config(load_settings(given), given).routes.providers["ollama"]
     assert (ollama.base_url, ollama.enabled) == ("http://host.docker.internal:11434", False)
     assert gateway["extra_hosts"] == ["host.docker.internal:host-gateway"]
 

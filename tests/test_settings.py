@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.config import load_config
 from gateway.protocol.pricing import cost_micros
 from gateway.protocol.usage import Usage
 from gateway.settings import (
@@ -13,9 +14,6 @@ from gateway.settings import (
     SettingsError,
     change,
     describe,
-    load_prices,
-    load_rates,
-    load_routes,
     load_settings,
 )
 
@@ -178,7 +176,7 @@ def test_secrets_are_settings_and_no_secret_has_a_default() -> None:
 
 def test_a_provider_is_on_when_it_has_a_key_or_an_address_of_its_own() -> None:
     def enabled(**environ: str) -> set[str]:
-        routes = load_routes(load_settings(environ), environ)
+        routes = load_config(load_settings(environ), environ).routes
         return {name for name, provider in routes.providers.items() if provider.enabled}
 
     assert enabled() == set()
@@ -202,19 +200,19 @@ def test_a_provider_is_on_when_it_has_a_key_or_an_address_of_its_own() -> None:
 )
 def test_addresses_are_taken_as_people_write_them(name: str, given: str, expected: str) -> None:
     environ = {f"{name.upper()}_BASE_URL": given}
-    assert load_routes(load_settings(environ), environ).providers[name].base_url == expected
+    assert load_config(load_settings(environ), environ).routes.providers[name].base_url == expected
 
 
 @pytest.mark.parametrize("address", ["ftp://h", "h:1", "http://", "http://user:pw@h", "http://h/?x=1", "http://h/ v1"])
 def test_an_address_that_is_none_stops_the_start(address: str) -> None:
     environ = {"OPENAI_BASE_URL": address}
     with pytest.raises(SettingsError, match="OPENAI_BASE_URL"):
-        load_routes(load_settings(environ), environ)
+        load_config(load_settings(environ), environ)
 
 
 def test_ollama_is_looked_for_where_the_setting_says_unless_the_operator_gave_its_address(tmp_path: Path) -> None:
     def ollama(**environ: str) -> tuple[str, bool]:
-        provider = load_routes(load_settings(environ), environ).providers["ollama"]
+        provider = load_config(load_settings(environ), environ).routes.providers["ollama"]
         return provider.base_url, provider.enabled
 
     probe = {"GATEWAY_OLLAMA_PROBE": "http://elsewhere:11434/"}
@@ -230,7 +228,7 @@ def test_an_operators_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     environ = {"GATEWAY_CONFIG": str(path)}
     with pytest.raises(SettingsError, match=r"^GATEWAY_CONFIG: .*gateway\.toml is not UTF-8"):
-        load_routes(load_settings(environ), environ)
+        load_config(load_settings(environ), environ)
 
 
 def operators_file(tmp_path: Path, text: str) -> dict[str, str]:
@@ -242,11 +240,11 @@ def operators_file(tmp_path: Path, text: str) -> dict[str, str]:
 def test_the_readmes_example_of_another_provider_works(tmp_path: Path) -> None:
     example = "\n".join(re.findall(r"```toml\n(.*?)```", README.read_text(), re.DOTALL))
     environ = {**operators_file(tmp_path, example), "GROQ_API_KEY": "gsk"}
-    routes = load_routes(load_settings(environ), environ)
-    target = routes.resolve("fast")
+    routes = load_config(load_settings(environ), environ).routes
+    target = routes.resolve("fast")[0][0]
     assert (target.provider.name, target.model, target.credential) == ("groq", "llama-3.3-70b-versatile", "gsk")
-    assert routes.resolve("llama-3.3-anything").provider.name == "groq"
-    prices = load_prices(load_settings(environ))
+    assert routes.resolve("llama-3.3-anything")[0][0].provider.name == "groq"
+    prices = load_config(load_settings(environ), environ).prices
     own, local = prices.price("openai", "gpt-4o-2024-08-06"), prices.price("ollama", "llama3.2")
     assert own is not None
     assert local is not None
@@ -274,7 +272,5 @@ def test_the_readmes_example_of_another_provider_works(tmp_path: Path) -> None:
 def test_a_wrong_file_is_named_with_the_key(tmp_path: Path, text: str, words: str) -> None:
     environ = operators_file(tmp_path, text)
     with pytest.raises(SettingsError, match=words) as refused:
-        load_routes(load_settings(environ), environ)
-        load_prices(load_settings(environ))
-        load_rates(load_settings(environ))
+        load_config(load_settings(environ), environ)
     assert "gateway.toml" in str(refused.value) or "providers." in str(refused.value)

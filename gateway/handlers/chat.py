@@ -2,7 +2,7 @@
 
 from aiohttp import web
 
-from gateway.appkeys import CATALOGUE, EXCHANGE, root
+from gateway.appkeys import BALANCER, CATALOGUE, EXCHANGE, root
 from gateway.body import leave_expectation
 from gateway.relay import relay
 
@@ -18,7 +18,8 @@ async def complete(request: web.Request) -> web.StreamResponse:
     assert principal is not None
     catalogue = root(request)[CATALOGUE]
     exchange.model = chat.model
-    exchange.target = catalogue.resolve(chat.model, exchange.own_credential, principal.allowed_models)
+    exchange.route = catalogue.resolve(chat.model, exchange.own_credential, principal.allowed_models)
+    exchange.target = root(request)[BALANCER].choose(exchange.route)
     exchange.headers["X-Gateway-Provider"] = exchange.target.provider.name
     exchange.headers["X-Gateway-Model"] = _header_safe(exchange.target.model)
     return await relay(request, exchange)

@@ -32,6 +32,11 @@ class Target:
     model: str  # the provider's own name for it
     credential: str | None = field(default=None, repr=False)
     own_credential: bool = False  # the caller's own, not the operator's
+    weight: int = 1  # its share among the targets of its group
+
+
+# Who may answer: groups of targets, in the order in which they are asked; in a group weight and load choose.
+Route = tuple[tuple[Target, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +45,8 @@ class Routes:
     aliases: Mapping[str, str] = field(default_factory=dict)  # alias -> `provider/model` or a model name
     default: str = "ollama"
 
-    def resolve(self, model: str, own_credential: str | None = None) -> Target:
-        """The target for a model name. Raises ModelNotFound when no provider here can answer for it.
+    def resolve(self, model: str, own_credential: str | None = None) -> Route:
+        """Who may answer for a model name: at least one target. Raises ModelNotFound when there is none.
 
         `provider/model` when it names a provider; else the longest matching rule; else the default provider. A provider
         without a credential of the operator's answers only for a caller who brings one.
@@ -50,12 +55,13 @@ class Routes:
         provider, upstream_model = self._choose(name)
         if provider is None or not (provider.enabled or own_credential):
             raise ModelNotFound(self._explain(model, provider), param="model")
-        return Target(
+        target = Target(
             provider,
             upstream_model,
             credential=own_credential or provider.api_key,
             own_credential=own_credential is not None,
         )
+        return ((target,),)
 
     def _choose(self, name: str) -> tuple[Provider | None, str]:
         prefix, slash, rest = name.partition("/")
