@@ -1,7 +1,7 @@
 # Commands of this project. `make` alone lists them.
 
 .DEFAULT_GOAL := help
-.PHONY: help up down logs test lint bench lock schema prices prove-usage prove-stats prove-journal
+.PHONY: help up down logs test lint bench lock schema prices prove-usage prove-stats prove-journal chaos
 # A target whose recipe fails is not kept; the stamps below depend on it.
 .DELETE_ON_ERROR:
 
@@ -38,6 +38,9 @@ bench: .venv/.run ## CPU, latency and memory beside nginx: 6 minutes (QUICK=1: 5
 
 prove-usage: .venv/.test ## kill -9 gateways under load 100 times, stop Postgres 5 times, and count what is lost
 	@$(BIN)/python -m tests.prove.kill_loop
+
+chaos: .venv/.test ## break everything, and print which promises held: 20 minutes (QUICK=1: 6; MINUTES=10: of the soak)
+	@$(BIN)/python -m tests.prove.chaos $(if $(QUICK),--quick) $(if $(MINUTES),--minutes $(MINUTES))
 
 prove-stats: .venv/.test ## ask every kind of question of ten million usage rows (minutes, and 10 GB of disk)
 	@$(BIN)/python -m tests.prove.stats_at_scale

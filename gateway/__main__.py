@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from gateway import __version__
-from gateway.commands import accounts, usage
+from gateway.commands import accounts, config, usage
 from gateway.commands.database import Rows, add_json, failed, print_rows, with_servers
 from gateway.protocol.errors import GatewayError
 from gateway.settings import Settings, SettingsError, change, load_settings
@@ -55,6 +55,7 @@ def _commands() -> dict[str, tuple[str, Callable[[argparse.ArgumentParser], None
         "users": ("list, create and limit accounts", accounts.describe_users),
         "keys": ("list, create, change and revoke keys", accounts.describe_keys),
         "usage": ("what was used", usage.describe_usage),
+        "config": ("check the operator's file", config.describe_config),
         "migrate": ("bring the database's tables up to date", _describe_migrate),
     }
 
@@ -65,26 +66,37 @@ def _commands() -> dict[str, tuple[str, Callable[[argparse.ArgumentParser], None
 def _describe_serve(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Run the gateway in the foreground. Without DATABASE_URL and REDIS_URL it starts a Postgres and a Valkey of "
-        "its own in GATEWAY_DATA_DIR. SIGTERM lets open streams finish."
+        "its own in GATEWAY_DATA_DIR. SIGTERM lets open streams finish, SIGHUP reads the configuration again, SIGUSR2 "
+        "replaces workers one by one."
     )
     parser.add_argument("--host", help="address to listen on (HOST)")
     parser.add_argument("--port", help="port to listen on (PORT)")
+    parser.add_argument("--workers", help="processes that serve; 0: one for each core (GATEWAY_WORKERS)")
     parser.set_defaults(run=_serve)
 
 
 def _serve(arguments: argparse.Namespace, settings: Settings) -> int:
-    gc.disable()  # what is imported now is kept for ever; the application sets it on purpose once it is up
     from gateway.logs import setup
-    from gateway.serve import StartError, serve
+    from gateway.supervisor import StartError, handed_over, supervise, workers_of
 
-    given = {name: value for name in ("host", "port") if (value := getattr(arguments, name)) is not None}
-    settings = change(settings, given)
+    given = {name: getattr(arguments, name) for name in ("host", "port")} | {"gateway_workers": arguments.workers}
+    settings = change(settings, {name: value for name, value in given.items() if value is not None})
     setup(settings.log_level, settings.environment)
+    handover = handed_over(os.environ)
     try:
-        serve(settings, os.environ, lambda address: print(f"gateway: ready on {address}/v1", flush=True))
+        if handover is None and workers_of(settings) > 1:
+            return supervise(settings, os.environ, _say_ready)
+        gc.disable()  # what is imported now is kept for ever; the application sets it on purpose once it is up
+        from gateway.serve import serve
+
+        serve(settings, os.environ, _say_ready if handover is None else lambda address: None, handover)
     except StartError as error:
         return failed(str(error))
     return 0
+
+
+def _say_ready(address: str) -> None:
+    print(f"gateway: ready on {address}/v1", flush=True)
 
 
 def _describe_mock(parser: argparse.ArgumentParser) -> None:

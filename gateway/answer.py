@@ -7,19 +7,16 @@ Rule 3: a compressed body is inflated when it is taken, in steps: a bomb costs w
 
 import asyncio
 import zlib
-from contextlib import suppress
-from email.utils import parsedate_to_datetime
-from math import isfinite
 from time import time
 from typing import Protocol
 
 from gateway.http1 import Connection, Fault, Head
 from gateway.inflate import Inflater
 from gateway.protocol.errors import GatewayError, UpstreamBadBody, UpstreamError, UpstreamTruncated
+from gateway.protocol.waits import exhausted_for, retry_after
 
 MAX_HELD = 1 << 18  # bytes
 DRAIN = 0.1  # seconds from a stream's last word to the end of its body; a provider that takes longer is cut off
-MAX_RETRY_AFTER = 86_400.0  # seconds; what is longer is a slip of the provider's
 
 
 class Sink(Protocol):
@@ -115,7 +112,17 @@ class Answer:
     @property
     def retry_after(self) -> float | None:
         """Seconds, from `retry-after-ms` or `Retry-After` (seconds or a date, RFC 9110 10.2.3)."""
-        return _retry_after(self._header(b"\r\nretry-after-ms:"), self._header(b"\r\nretry-after:"))
+        return retry_after(self._header(b"\r\nretry-after-ms:"), self._header(b"\r\nretry-after:"), time())
+
+    @property
+    def exhausted_for(self) -> float:
+        """Seconds until the provider takes more, when it says that nothing is left of one of its limits; else 0.
+
+        It says so on answers that are good, too: the one that used up the rest.
+        """
+        if self._head is None or not self._head.count(b"ratelimit-"):
+            return 0.0
+        return exhausted_for(lambda name: self._header(b"\r\n%b:" % name.encode()), time())
 
     @property
     def request_id(self) -> str:
@@ -321,16 +328,3 @@ def _broken_off(provider: str, fault: Fault) -> UpstreamError:
     if fault == "protocol":
         return UpstreamTruncated(f"{provider} broke off its answer with what is not HTTP", kind="protocol")
     return UpstreamTruncated(f"{provider} ended its answer in the middle")
-
-
-def _retry_after(milliseconds: str, seconds: str) -> float | None:
-    for text, read in (
-        (milliseconds, lambda text: float(text) / 1000),
-        (seconds, float),
-        (seconds, lambda text: parsedate_to_datetime(text).timestamp() - time()),
-    ):
-        with suppress(ValueError, OverflowError, TypeError):
-            value = read(text)
-            if isfinite(value):
-                return min(max(0.0, value), MAX_RETRY_AFTER)
-    return None

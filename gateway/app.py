@@ -5,8 +5,7 @@ import ctypes
 import gc
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import replace
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,25 +18,31 @@ from gateway import appkeys as keys
 from gateway import middlewares
 from gateway.balancer import Balancer
 from gateway.catalogue import Catalogue
-from gateway.config import Config, RateRow, load_config
-from gateway.embedded import Embedded
+from gateway.config import Config, load_config, wants_mock, with_mock
+from gateway.connection import Connections
+from gateway.embedded import open_database as open_database
 from gateway.exchange import Budget
 from gateway.handlers import accounts, chat, health, models, stats
 from gateway.metrics import Metrics
+from gateway.pressure import Pressure
 from gateway.protocol.errors import Unavailable
 from gateway.protocol.pricing import PriceTable
-from gateway.protocol.routing import Provider, Routes
+from gateway.protocol.routing import Routes
 from gateway.pulse import Pulse
+from gateway.reload import show_health
+from gateway.revocation import end_revoked
 from gateway.settings import Settings, SettingsError
 from gateway.stores.accounts import AccountStore
 from gateway.stores.budgets import Budgets
 from gateway.stores.chain import load_audit_key
 from gateway.stores.copy import UsageCopy
+from gateway.stores.grants import Rates
 from gateway.stores.journal import Journal
 from gateway.stores.key_limits import MICROS
 from gateway.stores.keys import KeyStore
 from gateway.stores.limits import Limiter
 from gateway.stores.migrations import migrate
+from gateway.stores.outages import Outages
 from gateway.stores.passwords import HashingPool
 from gateway.stores.recorder import Recorder
 from gateway.stores.script import RedisScript, connect_redis
@@ -52,21 +57,14 @@ DATABASE_WAIT = 30.0  # seconds that a start waits for Postgres: in a new stack 
 FLUSH = 10.0  # seconds that usage rows may take to reach Postgres when we stop
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
-# Name, dialect and rule of the mock provider's three faces.
-_MOCKS = (
-    ("mock-openai", "openai", "mock-gpt"),
-    ("mock-anthropic", "anthropic", "mock-claude"),
-    ("mock-ollama", "ollama", "mock-llama"),
-)
-
 
 def make_app(settings: Settings, environ: Mapping[str, str], *, settle: bool = False) -> web.Application:
     """The whole application, not yet open; `settle` tunes this process's memory for it. Raises SettingsError."""
     app = web.Application(middlewares=[middlewares.errors])
     app[keys.SETTINGS] = settings
     app.on_response_prepare.append(middlewares.on_prepare)
+    app[keys.ENVIRON] = environ
     config = load_config(settings, environ)
-    _check_default(settings, config.routes)
 
     v1 = web.Application(middlewares=middlewares.V1)
     v1.add_routes([*chat.routes(), *models.routes()])
@@ -79,32 +77,9 @@ def make_app(settings: Settings, environ: Mapping[str, str], *, settle: bool = F
     return app
 
 
-def _check_default(settings: Settings, routes: Routes) -> None:
-    mocks = [name for name, _, _ in _MOCKS] if _wants_mock(settings) else []
-    if routes.default not in {*routes.providers, *mocks}:
-        names = ", ".join([*routes.providers, *mocks])
-        raise SettingsError(f"GATEWAY_DEFAULT_PROVIDER: no provider has this name; there are {names}")
-
-
 # --- what is opened -----------------------------------------------------------------------------------------------
 
 Context = Callable[[web.Application], AsyncIterator[None]]
-
-
-@asynccontextmanager
-async def open_database(settings: Settings) -> AsyncIterator[tuple[str, str]]:
-    """Addresses of Postgres and Redis: the given ones, else those of the embedded pair, while this is open."""
-    if settings.database_url and settings.redis_url:
-        yield settings.database_url, settings.redis_url
-        return
-    embedded = Embedded(
-        Path(settings.gateway_data_dir), postgres=not settings.database_url, redis=not settings.redis_url
-    )
-    try:
-        await asyncio.to_thread(embedded.start)  # goes on in its thread when we are cancelled: `stop` ends it
-        yield settings.database_url or embedded.database_url, settings.redis_url or embedded.redis_url
-    finally:
-        await asyncio.to_thread(embedded.stop)
 
 
 async def connect_database(url: str, wait: float = DATABASE_WAIT) -> asyncpg.Pool:
@@ -182,15 +157,19 @@ def _stores(settings: Settings, config: Config) -> Context:
             opened.push_async_callback(redis.aclose)
             with suppress(RedisError, OSError):  # the first request should not pay for the connection
                 await redis.ping()
-            app[keys.METRICS] = metrics = Metrics(providers=config.routes.providers)
+            app[keys.METRICS] = metrics = Metrics(providers=config.routes.answering())
             # A pool each: while passwords are guessed, keys are still verified.
             for_keys, for_passwords = HashingPool(), HashingPool()
             opened.callback(for_keys.close)
             opened.callback(for_passwords.close)
             app[keys.ACCOUNTS] = AccountStore(pool, hashing=for_passwords)
             app[keys.KEYS] = await _key_store(settings, pool, redis, for_keys, metrics)
-            app[keys.SCRIPT] = RedisScript(redis, on_error=lambda kind: metrics.dependency_errors.labels("redis").inc())
-            app[keys.LIMITER] = _limiter(settings, config.rates, app[keys.SCRIPT], metrics)
+            app[keys.SCRIPT] = RedisScript(
+                redis, on_error=lambda kind: metrics.dependency_errors.labels("redis", kind).inc()
+            )
+            app[keys.RATES] = rates = dict(config.rates)
+            app[keys.LIMITER] = _limiter(settings, rates, app[keys.SCRIPT], metrics)
+            app[keys.OUTAGES] = Outages(redis)
             await _open_usage(app, opened, settings, redis, config.prices)
             yield
 
@@ -207,18 +186,20 @@ async def _key_store(
         cache_seconds=settings.gateway_key_cache,
         stale_seconds=settings.gateway_key_stale,
         hashing=hashing,
-        on_error=lambda: metrics.dependency_errors.labels("postgres").inc(),
+        on_error=lambda: metrics.dependency_errors.labels("postgres", "unavailable").inc(),
     )
 
 
-def _limiter(settings: Settings, rates: Mapping[str, RateRow], script: RedisScript, metrics: Metrics) -> Limiter:
+def _limiter(settings: Settings, rates: Rates, script: RedisScript, metrics: Metrics) -> Limiter:
     limiter = Limiter(
         script,
         global_per_minute=settings.gateway_global_requests_per_minute,
-        rates={route: (row.requests_per_second, row.burst) for route, row in rates.items()},
+        rates=rates,
         nodes=settings.gateway_nodes,
         on_redis_down=settings.gateway_on_redis_down,
+        on_local=lambda mode: metrics.fail_mode.labels("limits", mode).inc(),
     )
+    metrics.clock_skew_seconds.follow(lambda: abs(script.clock_ahead))
     metrics.limiter_local.follow(lambda: float(limiter.state != "redis"))
     return limiter
 
@@ -233,7 +214,7 @@ async def _open_usage(
     opened.callback(journal.close)
     tokeniser = Tokeniser()
     opened.push_async_callback(tokeniser.close)
-    app[keys.COPY] = copy = _copy(settings, redis, journal, metrics)
+    app[keys.COPY] = copy = _copy(app, redis, journal)
     app[keys.PRICES] = prices
     app[keys.RECORDER] = recorder = Recorder(
         journal, prices.price, count=tokeniser.count, copy=copy, on_full=settings.gateway_on_journal_full
@@ -245,13 +226,14 @@ async def _open_usage(
         deployment=_deployment_budget(settings),
         nodes=settings.gateway_nodes,
         on_redis_down=settings.gateway_on_redis_down,
+        on_local=lambda mode: metrics.fail_mode.labels("budget", mode).inc(),
     )
     app[keys.SHIPPER] = shipper = Shipper(
         pool,
         journal,
         keep_months=settings.gateway_keep_months,
         on_rows=lambda result, count: metrics.usage_rows.labels(result).inc(count),
-        on_error=lambda: metrics.dependency_errors.labels("postgres").inc(),
+        on_error=lambda kind: metrics.dependency_errors.labels("postgres", kind).inc(),
         on_adopted=lambda row: budgets.settle(row.request_id, row.total_tokens, row.cost_micros or 0),
         priced=recorder.priced,
         copy=copy,
@@ -272,14 +254,16 @@ def _deployment_budget(settings: Settings) -> Budget:
     )
 
 
-def _copy(settings: Settings, redis: Redis, journal: Journal, metrics: Metrics) -> UsageCopy | None:
-    if settings.gateway_usage_copy == "none":
+def _copy(app: web.Application, redis: Redis, journal: Journal) -> UsageCopy | None:
+    metrics = app[keys.METRICS]
+    if app[keys.SETTINGS].gateway_usage_copy == "none":
         return None
     copy = UsageCopy(
         redis,
         journal.folder.name,
         deployment=journal.root.name,
-        on_error=lambda kind: metrics.dependency_errors.labels("redis").inc(),
+        on_error=lambda kind: metrics.dependency_errors.labels("redis", kind).inc(),
+        gone=lambda: app[keys.SCRIPT].gone,
     )
     metrics.copy_behind.follow(lambda: copy.behind)
     return copy
@@ -289,46 +273,22 @@ def _providers(settings: Settings, routes: Routes) -> Context:
     async def context(app: web.Application) -> AsyncIterator[None]:
         async with AsyncExitStack() as opened:
             known = routes
-            if _wants_mock(settings):
+            if wants_mock(settings):
                 from gateway.mock import Mock  # not in production: it takes a fiftieth of a second and a megabyte
 
                 mock = Mock()
                 opened.push_async_callback(mock.stop)
-                known = _with_mock(routes, await mock.start())
+                known = with_mock(routes, await mock.start())
             app[keys.UPSTREAM] = upstream = Upstream(settings)
             opened.push_async_callback(upstream.close)
-            app[keys.BALANCER] = Balancer()
+            app[keys.BALANCER] = balancer = Balancer(tell=app[keys.OUTAGES].tell)
+            balancer.follow(known.providers)
             learn = app[keys.METRICS].known_models.update
-            app[keys.CATALOGUE] = Catalogue(known, upstream, probed=_probed(known), on_models=learn)
+            app[keys.CATALOGUE] = Catalogue(known, upstream, on_models=learn, on_look=balancer.looked)
+            show_health(balancer, app[keys.METRICS], known.answering())
             yield
 
     return context
-
-
-def _wants_mock(settings: Settings) -> bool:
-    return settings.gateway_mock == "on" or (settings.gateway_mock == "auto" and settings.environment == "development")
-
-
-def _with_mock(routes: Routes, address: str) -> Routes:
-    mocks = {
-        name: Provider(
-            name=name,
-            dialect=dialect,
-            base_url=address + ("/v1" if dialect == "openai" else ""),
-            headers={"anthropic-version": "2023-06-01"} if dialect == "anthropic" else {},
-            rules=(f"{model}*",),
-            models=(model,),
-            label="mock: built in, not a model",
-        )
-        for name, dialect, model in _MOCKS
-    }
-    return replace(routes, providers={**routes.providers, **mocks})
-
-
-def _probed(routes: Routes) -> set[str]:
-    """An Ollama that no setting names is on while it answers; one that is named is used whether it does or not."""
-    ollama = routes.providers.get("ollama")
-    return {"ollama"} if ollama is not None and not ollama.enabled else set()
 
 
 async def _settled(app: web.Application) -> AsyncIterator[None]:
@@ -353,15 +313,24 @@ def _settle_memory() -> None:
 async def _tasks(app: web.Application) -> AsyncIterator[None]:
     """The long-running tasks, and what each still has to write when we stop."""
     bugs = app[keys.METRICS].internal_errors.labels("task")
-    pulse = app[keys.PULSE] = Pulse(app[keys.SETTINGS], on_bug=bugs.inc)
+    settings, metrics = app[keys.SETTINGS], app[keys.METRICS]
+    connections = app[keys.CONNECTIONS] = Connections(
+        metrics, header_timeout=settings.gateway_header_timeout, write_timeout=settings.gateway_write_timeout
+    )
+    pulse = app[keys.PULSE] = Pulse(settings, connections, metrics)
+    pressure = app[keys.PRESSURE] = Pressure(pulse, connections, metrics)
     shipper, script, copy = app[keys.SHIPPER], app[keys.SCRIPT], app[keys.COPY]
     work = {
         "usage shipper": shipper.run(),
         "limits and budgets": script.run(),
         "key revocations": app[keys.KEYS].listen(),
         "catalogue": app[keys.CATALOGUE].run(),
+        "breakers": app[keys.BALANCER].run(app[keys.CATALOGUE].look_now),
+        "outages": app[keys.OUTAGES].run(app[keys.BALANCER].hear),
         "pulse": pulse.run(),
+        "pressure": pressure.run(),
         **({"usage copy": copy.run()} if copy is not None else {}),
+        **({"streams of revoked keys": end_revoked(app[keys.KEYS], pulse)} if _cuts_revoked(app) else {}),
     }
     tasks = [asyncio.create_task(_forever(name, task, bugs.inc)) for name, task in work.items()]
     yield
@@ -377,6 +346,10 @@ async def _tasks(app: web.Application) -> AsyncIterator[None]:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _cuts_revoked(app: web.Application) -> bool:
+    return app[keys.SETTINGS].gateway_revoked_streams == "cut"
 
 
 async def _forever(name: str, work: Coroutine[Any, Any, None], count: Callable[[], None]) -> None:

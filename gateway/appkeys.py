@@ -4,13 +4,17 @@ Handlers read them as `root(request)[KEYS]`, which also works in a sub-applicati
 chain of mappings each time it is asked: ten times the price.)
 """
 
+from collections.abc import Mapping
+
 import asyncpg
 from aiohttp import web
 
 from gateway.balancer import Balancer
 from gateway.catalogue import Catalogue
+from gateway.connection import CONNECTIONS as CONNECTIONS
 from gateway.exchange import Exchange
 from gateway.metrics import Metrics
+from gateway.pressure import Pressure
 from gateway.protocol.pricing import PriceTable
 from gateway.pulse import Pulse
 from gateway.settings import Settings
@@ -19,12 +23,15 @@ from gateway.stores.budgets import Budgets
 from gateway.stores.copy import UsageCopy
 from gateway.stores.keys import KeyStore
 from gateway.stores.limits import Limiter
+from gateway.stores.outages import Outages
 from gateway.stores.recorder import Recorder
 from gateway.stores.script import RedisScript
 from gateway.stores.shipper import Shipper
 from gateway.upstream import Upstream
 
 SETTINGS = web.AppKey("SETTINGS", Settings)
+ENVIRON = web.AppKey[Mapping[str, str]]("ENVIRON")  # what a reload reads again: names of keys and addresses
+RATES = web.AppKey[dict[str, tuple[float, int]]]("RATES")  # of routes; the limiter reads it at each request
 POOL = web.AppKey("POOL", asyncpg.Pool)
 ACCOUNTS = web.AppKey("ACCOUNTS", AccountStore)
 KEYS = web.AppKey("KEYS", KeyStore)
@@ -38,7 +45,9 @@ SHIPPER = web.AppKey("SHIPPER", Shipper)
 METRICS = web.AppKey("METRICS", Metrics)
 CATALOGUE = web.AppKey("CATALOGUE", Catalogue)
 BALANCER = web.AppKey("BALANCER", Balancer)
+OUTAGES = web.AppKey("OUTAGES", Outages)
 PULSE = web.AppKey("PULSE", Pulse)
+PRESSURE = web.AppKey("PRESSURE", Pressure)
 UPSTREAM = web.AppKey("UPSTREAM", Upstream)
 
 EXCHANGE = web.RequestKey("EXCHANGE", Exchange)

@@ -4,7 +4,7 @@ import asyncio
 
 from aiohttp import HttpVersion11, hdrs, web
 
-from gateway.appkeys import SETTINGS, root
+from gateway.appkeys import METRICS, SETTINGS, root
 from gateway.protocol.errors import (
     ExpectationFailed,
     InvalidRequest,
@@ -65,7 +65,12 @@ async def _read_in_time(request: web.Request, limit: int) -> bytes:
     try:
         async with asyncio.timeout(seconds):
             return await _read(request, limit)
+    except asyncio.CancelledError:
+        if request.transport is None:  # it left; else it is we that end
+            root(request)[METRICS].client_aborts.labels("body").inc()
+        raise
     except TimeoutError:
+        root(request)[METRICS].slow_clients.labels("body").inc()
         raise RequestTimeout(f"the request body did not arrive within {seconds:g} s") from None
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import orjson
 
 from gateway.protocol.dialects import DIALECTS
 from gateway.protocol.errors import GatewayError, PermissionDenied
-from gateway.protocol.routing import Provider, Route, Routes, Target
+from gateway.protocol.routing import Provider, Route, Routes, Target, is_pattern
 from gateway.upstream import Upstream
 
 log = logging.getLogger("gateway.catalogue")
@@ -30,19 +30,40 @@ class Model(NamedTuple):
 
 
 class Catalogue:
-    """Routes and models of this process. One writer: `run`. Opened and closed by app.py."""
+    """Routes and models of this process. It writes what it learns itself; `follow` is a reload's.
+
+    `on_models` hears of the names that may become labels, `on_look` of each provider whether it gave its list. Opened
+    and closed by app.py.
+    """
 
     def __init__(
-        self, routes: Routes, upstream: Upstream, *, probed: Iterable[str], on_models: Callable[[set[str]], None]
+        self,
+        routes: Routes,
+        upstream: Upstream,
+        *,
+        on_models: Callable[[set[str]], None],
+        on_look: Callable[[str, bool], None] = lambda name, listed: None,
     ) -> None:
         self.routes = routes
         self._upstream = upstream
-        self._probed = frozenset(probed)  # providers that are on only while they answer
         self._on_models = on_models
-        self._listed: dict[str, Sequence[str]] = {name: p.models for name, p in routes.providers.items()}
+        self._on_look = on_look
+        self._listed: dict[str, Sequence[str]] = {}  # by provider, what it said when it last answered
         self._answers_by_patterns: dict[tuple[str, ...], list[Model]] = {}  # to `models`, until the next look
         self._known: dict[tuple[str, tuple[str, ...]], Route] = {}  # by what `resolve` was asked, likewise
         self.reachable: dict[str, bool] = {}  # by provider, as of the last look
+        self._publish()
+
+    def follow(self, routes: Routes) -> None:
+        """Other routes from now on. What was learned of a provider that stays where it is stays known."""
+        before, self.routes = self.routes.providers, routes
+        for name, provider in before.items():
+            now = routes.providers.get(name)
+            if now is None or now.base_url != provider.base_url:
+                self._listed.pop(name, None)
+                self.reachable.pop(name, None)
+            elif now.probed and self.reachable.get(name):
+                self.routes = self.routes.with_enabled(name, True)
         self._publish()
 
     def resolve(self, model: str, own_credential: str | None, allowed: tuple[str, ...]) -> Route:
@@ -80,9 +101,10 @@ class Catalogue:
     def _models(self, allowed: Sequence[str]) -> list[Model]:
         routes = self.routes
         found = dict.fromkeys(routes.aliases, "alias")
-        for name, provider in routes.providers.items():
+        found |= {name: self._owner(name) for name in routes.plans if not is_pattern(name)}
+        for provider in routes.providers.values():
             if provider.enabled:
-                for listed in self._listed.get(name, ()):
+                for listed in self._models_of(provider):
                     found.setdefault(self._ask_for(provider, listed), provider.label)
         return [Model(name, label) for name, label in found.items() if self._answers(name, allowed)]
 
@@ -92,6 +114,16 @@ class Catalogue:
         except GatewayError:
             return False
         return True
+
+    def _owner(self, name: str) -> str:
+        """Of a name with a plan: who answers first."""
+        try:
+            return self.routes.resolve(name)[0][0].provider.label
+        except GatewayError:  # nobody at this time: `_answers` leaves it out
+            return ""
+
+    def _models_of(self, provider: Provider) -> Iterable[str]:
+        return dict.fromkeys([*provider.models, *self._listed.get(provider.name, ())])
 
     def _ask_for(self, provider: Provider, model: str) -> str:
         """The plain name when it leads to this provider; else `provider/model`."""
@@ -108,7 +140,11 @@ class Catalogue:
 
     async def refresh(self) -> None:
         """Ask every provider that may answer for its models; one that fails keeps its last list."""
-        providers = [p for p in self.routes.providers.values() if p.enabled or p.name in self._probed]
+        await self.look_now(self.routes.answering())
+
+    async def look_now(self, names: Collection[str]) -> None:
+        """Ask these providers: the cheapest sign that one is there."""
+        providers = [self.routes.providers[name] for name in names if name in self.routes.providers]
         await asyncio.gather(*(self._look_at(provider) for provider in providers))
         self._publish()
 
@@ -120,20 +156,24 @@ class Catalogue:
         except (GatewayError, ValueError) as error:
             log.debug("models of %s: %s", provider.name, error)
             listed = None
+        now = self.routes.providers.get(provider.name)
+        if now is None or now.base_url != provider.base_url:
+            return  # a reload moved it while it was asked
         self.reachable[provider.name] = listed is not None
-        if provider.name in self._probed and provider.enabled != (listed is not None):
+        if now.probed and now.enabled != (listed is not None):
             self.routes = self.routes.with_enabled(provider.name, listed is not None)
             self._known.clear()
         if listed is not None:
-            self._listed[provider.name] = [*dict.fromkeys([*provider.models, *listed])]
+            self._listed[provider.name] = listed
+        self._on_look(provider.name, listed is not None)
 
     def _publish(self) -> None:
         """Names that may become metric labels, as they are asked for: the providers' and the operator's own alone."""
         self._answers_by_patterns.clear()
         self._known.clear()
-        names = set(self.routes.aliases)
-        for provider, listed in self._listed.items():
-            for name in listed:
+        names = {*self.routes.aliases, *(name for name in self.routes.plans if not is_pattern(name))}
+        for provider in self.routes.providers.values():
+            for name in self._models_of(provider):
                 plain = name.removesuffix(":latest")  # Ollama answers for both
-                names |= {name, plain, f"{provider}/{name}", f"{provider}/{plain}"}
+                names |= {name, plain, f"{provider.name}/{name}", f"{provider.name}/{plain}"}
         self._on_models(names)

@@ -14,7 +14,7 @@ from aiohttp import HttpVersion11, hdrs, web
 from gateway.connection import Connection, Written, head
 from gateway.deadline import Deadline
 from gateway.exchange import Exchange
-from gateway.protocol.errors import GatewayError, UpstreamTimeout
+from gateway.protocol.errors import GatewayError, UpstreamTimeout, UpstreamTooLong
 from gateway.protocol.sse import PING
 from gateway.settings import Settings
 from gateway.upstream import Answer
@@ -137,6 +137,10 @@ class Client:
         if self.on_flow is not None:
             self.on_flow()
 
+    @property
+    def key_id(self) -> str:
+        return self._exchange.principal.key_id if self._exchange.principal is not None else ""
+
     def leave(self) -> None:
         """It is gone: the exchange goes on without it."""
         self.left = self.closed = True
@@ -182,6 +186,9 @@ class Client:
 
     def check(self, now: float, settings: Settings) -> None:
         """Enforces the limits, and sends a heartbeat when it is due."""
+        if self.answer is not None and now - self._exchange.started > settings.gateway_max_stream:
+            words = f"the provider's answer did not end within {settings.gateway_max_stream:g} s"
+            self.answer.interrupt(UpstreamTooLong(words))
         if self._writing_since:
             self._check_reader(now, settings.gateway_write_timeout)
             return

@@ -10,6 +10,7 @@ The rules everything here follows:
 3. Nothing listens on the network, and nothing outside the data folder and one folder of sockets is written.
 """
 
+import asyncio
 import contextlib
 import fcntl
 import importlib.util
@@ -23,13 +24,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from gateway import embedded_child
+from gateway.settings import Settings
 
 Identity = Literal["self", "namespace", "nobody"]
 
@@ -55,6 +57,22 @@ _POSTGRES_OPTIONS = {
 
 class EmbeddedError(Exception):
     """What is missing or went wrong, and the server's last words if it had any."""
+
+
+@contextlib.asynccontextmanager
+async def open_database(settings: Settings) -> AsyncIterator[tuple[str, str]]:
+    """Addresses of Postgres and Redis: the given ones, else those of the embedded pair, while this is open."""
+    if settings.database_url and settings.redis_url:
+        yield settings.database_url, settings.redis_url
+        return
+    embedded = Embedded(
+        Path(settings.gateway_data_dir), postgres=not settings.database_url, redis=not settings.redis_url
+    )
+    try:
+        await asyncio.to_thread(embedded.start)  # goes on in its thread when we are cancelled: `stop` ends it
+        yield settings.database_url or embedded.database_url, settings.redis_url or embedded.redis_url
+    finally:
+        await asyncio.to_thread(embedded.stop)
 
 
 class Embedded:

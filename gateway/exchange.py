@@ -3,6 +3,7 @@
 import os
 import time
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Literal, Protocol
 
 from gateway.protocol.chat import ChatRequest
@@ -77,6 +78,7 @@ class Principal:
     budget: Budget = NO_BUDGET
     account_budget: Budget = NO_BUDGET  # of all keys of the account together
     drain_seconds: int = 0  # how long a provider is read on for a client that left; 0: its connection is closed
+    expires_at: datetime | None = None  # None: never
 
 
 @dataclass(slots=True)

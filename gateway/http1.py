@@ -114,6 +114,7 @@ class Connection(asyncio.Protocol):
             receiver.failed("unanswered")
             return
         self._begin()
+        self._parser.set_dangerous_leniencies(lenient_chunked_length=False)
         self._receiver = receiver
         if len(body) <= JOINED:
             self._transport.write(head + body)
@@ -251,6 +252,8 @@ class Connection(asyncio.Protocol):
             self._interim += 1
         else:
             self._status = status
+            # From here on a length is a trailer's, and says nothing of the framing: RFC 9110 6.5.1.
+            self._parser.set_dangerous_leniencies(lenient_chunked_length=True)
 
     def on_message_complete(self) -> None:
         if self._status:

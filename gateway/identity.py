@@ -1,17 +1,19 @@
 """Who asks: the gateway's key in the headers, and the provider credential that a caller may bring beside it."""
 
 from collections.abc import Sequence
+from ipaddress import IPv6Address, ip_address
 from typing import NoReturn
 
 from aiohttp import hdrs, web
 from multidict import CIMultiDictProxy, istr
 
-from gateway.appkeys import KEYS, root
+from gateway.appkeys import KEYS, SETTINGS, root
 from gateway.exchange import Principal
 from gateway.protocol.errors import InvalidRequest, RateLimited, Unauthenticated
 from gateway.stores.tokens import PREFIX
 
 API_KEY = istr("X-API-Key")
+_FORWARDED_FOR = istr("X-Forwarded-For")
 _BEARER = "Bearer "
 _BEARER_KEY = _BEARER + PREFIX
 MAX_LABEL = 128  # characters of X-User-Id, X-App-Id and a client's X-Request-Id
@@ -28,9 +30,9 @@ async def identify(request: web.Request) -> tuple[Principal, str | None]:
         raise Unauthenticated(f"no API key provided: send 'Authorization: Bearer {PREFIX}…' or '{API_KEY}: {PREFIX}…'")
     keys = root(request)[KEYS]
     try:
-        return keys.known(token) or await keys.verify(token), own_credential
+        return await keys.verify(token), own_credential
     except Unauthenticated:
-        address = request.remote or ""
+        address = client_address(request)
         wait = keys.failures.wait(address)
         if wait:
             raise RateLimited(
@@ -38,6 +40,35 @@ async def identify(request: web.Request) -> tuple[Principal, str | None]:
             ) from None
         keys.failures.add(address)
         raise
+
+
+def client_address(request: web.Request) -> str:
+    """Where a request comes from, as far as one can know: what failures and registrations are counted by.
+
+    Each proxy of the operator's adds the address that it saw at the right end of X-Forwarded-For, so the client's is as
+    many from there as there are proxies; what stands before it is the client's own word. Without that, the peer's.
+    """
+    proxies = root(request)[SETTINGS].gateway_trusted_proxies
+    if proxies:
+        told = ",".join(request.headers.getall(_FORWARDED_FOR, ())).split(",")
+        if len(told) >= proxies and (address := _address(told[-proxies].strip())):
+            return address
+    return request.remote or ""
+
+
+def _address(text: str) -> str:
+    """An IP address in its usual form, with or without a port after it; empty when it is none."""
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    try:
+        address = ip_address(text)
+    except ValueError:
+        return ""
+    if isinstance(address, IPv6Address) and address.ipv4_mapped:
+        return str(address.ipv4_mapped)
+    return str(address)
 
 
 def tenant(principal: Principal) -> str | None:

@@ -197,6 +197,9 @@ def _add_fields(fields: dict[str, Any], exchange: Exchange, usage: Usage | None,
     fields["outcome"] = exchange.outcome or None
     fields["error_code"] = exchange.error_code or None
     fields["stream"] = chat.stream if chat else None
+    attempts = exchange.headers.get("X-Gateway-Attempts", "")
+    if "," in attempts:  # else it says no more than the provider above
+        fields["attempts"] = attempts
 
 
 def _milliseconds(seconds: float) -> int:

@@ -6,29 +6,18 @@ Text that a client chose is never a label: a model is named only when the operat
 import os
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cached_property
-from itertools import product
 from pathlib import Path
-
-from aioprometheus.collectors import Registry
-from aioprometheus.renderer import render
 
 from gateway import __version__
 from gateway.exchange import Exchange
+from gateway.page import Page
 from gateway.protocol.errors import UPSTREAM_ERROR_KINDS
 from gateway.protocol.usage import Usage
-from gateway.series import (
-    OTHER,
-    CounterSeries,
-    GaugeSeries,
-    HistogramSeries,
-    LabelledCounter,
-    LabelledGauge,
-    LabelledHistogram,
-)
+from gateway.series import MAX_HISTOGRAMS, OTHER, CounterSeries, HistogramSeries
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MAX_PROVIDERS = MAX_HISTOGRAMS  # that have series of their own; the rest is counted together
 NONE = "none"  # the provider of a request that was refused before it had one
 
 TOKEN_KINDS = ("prompt", "completion", "cached", "cache_write", "reasoning")
@@ -45,10 +34,20 @@ RATE_LIMITED_REASONS = (
     "unavailable",
 )
 AUTH_FAILURE_REASONS = ("missing", "invalid", "throttled", "unavailable")
-CLIENT_ABORT_PHASES = ("ttft", "stream")
+RETRIED_KINDS = ("connect", "dns", "timeout_connect", "reset", "protocol", "http_429", "http_5xx", "error_event")
+CLIENT_ABORT_PHASES = ("body", "ttft", "stream")
+SLOW_PHASES = ("headers", "body", "read")
+SHED_REASONS = ("memory", "connections")
 USAGE_ROW_RESULTS = ("written", "failed")
+CONFIG_RELOADS = ("ok", "failed")
 INTERNAL_ERRORS = ("request", "stream", "task")
-DEPENDENCIES = ("postgres", "redis")
+# As stores/postgres.py and stores/script_connection.py say them; `unavailable`: a look-up of a key had no answer.
+DEPENDENCY_ERROR_KINDS = {
+    "postgres": ("timeout", "connection", "shutdown", "readonly", "resources", "conflict", "unavailable", "error"),
+    "redis": ("timeout", "connection", "loading", "readonly", "oom", "misconf", "moved", "error"),
+}
+FAIL_MODES = ("local", "open", "closed")
+FAILING = ("limits", "budget")
 
 # OpenTelemetry's buckets for gen_ai.client.operation.duration, in milliseconds, and two more for answers of minutes;
 # and for gen_ai.server.time_to_first_token (https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics/).
@@ -61,18 +60,18 @@ OVERHEAD_SECONDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.
 _STATM = Path("/proc/self/statm")  # Linux only, as in Prometheus's own client libraries
 
 
-class Metrics:
-    """The metrics of one process, and their page. Each instance has a registry of its own.
+class Metrics(Page):
+    """The metrics of one process. Each instance has a registry of its own.
 
     `known_models` grows while the gateway runs: what is in it becomes a label, so only an operator's file or a
     provider's list may add to it.
     """
 
     def __init__(self, *, providers: Iterable[str] = ()) -> None:
+        super().__init__()
         self.known_models: set[str] = set()
         self._providers = tuple(providers)
         self._ended: dict[tuple[str, str], _Ended] = {}  # by model and provider
-        self._registry = Registry()
         self._declare_traffic()
         self._declare_faults()
         self._declare_usage()
@@ -123,7 +122,14 @@ class Metrics:
             "gateway_budget_cuts_total", "Streams ended in the middle because no budget was left for them."
         ).labels()
         self.limiter_local = self._gauge(
-            "gateway_limiter_local", "1 while limits are kept by this process alone, because Redis is gone."
+            "gateway_limiter_local",
+            "1 while limits are kept by this process alone, because Redis is gone.",
+            together=max,
+        ).labels()
+        self.clock_skew_seconds = self._gauge(
+            "gateway_clock_skew_seconds",
+            "Seconds between this node's clock and Redis's when it was connected to; limits go by Redis's.",
+            together=max,
         ).labels()
         self.auth_failures = self._counter(
             "gateway_auth_failures_total",
@@ -137,12 +143,53 @@ class Metrics:
             ("provider", "kind"),
             self._providers,
             UPSTREAM_ERROR_KINDS,
+            cap=MAX_PROVIDERS * len(UPSTREAM_ERROR_KINDS),
+        )
+        self.retries = self._counter(
+            "gateway_retries_total",
+            "Requests sent to a provider once more, before anything of an answer had come, by what had gone wrong.",
+            ("provider", "kind"),
+            self._providers,
+            RETRIED_KINDS,
+            cap=MAX_PROVIDERS * len(RETRIED_KINDS),
+        )
+        self.fallbacks = self._counter(
+            "gateway_fallbacks_total",
+            "Requests that another provider than the first of their route was asked for, by who was asked.",
+            ("provider",),
+            self._providers,
+            cap=MAX_PROVIDERS,
+        )
+        self.provider_in_flight = self._gauge(
+            "gateway_provider_in_flight", "Requests that a provider is answering now.", ("provider",)
+        )
+        self.provider_state = self._gauge(
+            "gateway_provider_state",
+            "1 for what a provider is to this process: closed (asked), open (left alone because it failed), half_open"
+            " (one request finds out), cooling (it asked that a model be left alone).",
+            ("provider", "state"),
+            together=max,
         )
         self.client_aborts = self._counter(
             "gateway_client_aborts_total",
-            "Clients that left before their answer ended: before the first token (ttft), or after it (stream).",
+            "Clients that left: within their own request (body), before the first token (ttft), or after it (stream).",
             ("phase",),
             CLIENT_ABORT_PHASES,
+        )
+        self.slow_clients = self._counter(
+            "gateway_slow_clients_total",
+            "Clients that were dropped because they took too long to send their headers or body, or did not read.",
+            ("phase",),
+            SLOW_PHASES,
+        )
+        self.http_parse_errors = self._counter(
+            "gateway_http_parse_errors_total", "What came in as a request and was none of HTTP's."
+        ).labels()
+        self.shed = self._counter(
+            "gateway_shed_total",
+            "Requests and connections turned away, and readers dropped, because memory or connections were short.",
+            ("reason",),
+            SHED_REASONS,
         )
         self.internal_errors = self._counter(
             "gateway_internal_errors_total",
@@ -152,9 +199,18 @@ class Metrics:
         )
         self.dependency_errors = self._counter(
             "gateway_dependency_errors_total",
-            "Failed calls of a dependency of the gateway's own.",
-            ("dependency",),
-            DEPENDENCIES,
+            "Failed calls of a dependency of the gateway's own, by what was wrong.",
+            ("dependency", "kind"),
+        )
+        for dependency, kinds in DEPENDENCY_ERROR_KINDS.items():
+            for kind in kinds:
+                self.dependency_errors.labels(dependency, kind)
+        self.fail_mode = self._counter(
+            "gateway_fail_mode_total",
+            "Decisions on limits and budgets without Redis: by this process's share, by letting all pass, or none.",
+            ("what", "mode"),
+            FAILING,
+            FAIL_MODES,
         )
 
     def _declare_usage(self) -> None:
@@ -166,7 +222,7 @@ class Metrics:
         )
         self.usage_queue = self._gauge("gateway_usage_queue", "Usage rows not yet in the database.").labels()
         self.usage_lag_seconds = self._gauge(
-            "gateway_usage_lag_seconds", "Age of the oldest usage row that is not in the database yet."
+            "gateway_usage_lag_seconds", "Age of the oldest usage row that is not in the database yet.", together=max
         ).labels()
         self.journal_bytes = self._gauge("gateway_journal_bytes", "Bytes of the usage journal on disk.").labels()
         self.journal_dropped = self._gauge(
@@ -189,14 +245,47 @@ class Metrics:
         )
 
     def _declare_process(self) -> None:
+        self.connections_open = self._gauge(
+            "gateway_connections_open", "Connections of clients that are open, with a request on them or idle."
+        ).labels()
+        self.event_loop_lag_seconds = self._gauge(
+            "gateway_event_loop_lag_seconds",
+            "The longest that the event loop was held up in the last 15 to 30 seconds.",
+            together=max,
+        ).labels()
         started = time.monotonic()
-        uptime = self._gauge("gateway_uptime_seconds", "Seconds since this process started to serve.")
+        self.config_reloads = self._counter(
+            "gateway_config_reloads_total",
+            "Times that the configuration was read again, by whether it is used now or was wrong.",
+            ("result",),
+            CONFIG_RELOADS,
+        )
+        self.config_ok = self._gauge(
+            "gateway_config_ok", "0 while the configuration on disk is wrong and an older one is used.", together=min
+        ).labels()
+        self.config_ok.set(1)
+        uptime = self._gauge("gateway_uptime_seconds", "Seconds since this process started to serve.", together=max)
         uptime.labels().follow(lambda: time.monotonic() - started)
         if _STATM.exists():
             memory = self._gauge("process_resident_memory_bytes", "Memory of this process that is in RAM, in bytes.")
             memory.labels().follow(resident_bytes)
-        build = self._gauge("gateway_build_info", "Always 1; the labels say what runs.", ("version", "python"))
+        build = self._gauge(
+            "gateway_build_info", "Always 1; the labels say what runs.", ("version", "python"), together=max
+        )
         build.labels(__version__, platform.python_version()).set(1)
+
+    def add_providers(self, names: Iterable[str]) -> None:
+        """Series for these are there from now on, at zero: an operator switched them on."""
+        added = [name for name in names if name not in self._providers]
+        self._providers += tuple(added)
+        for provider in added:
+            self.request_duration_ms.labels(provider)
+            self.time_to_first_token_seconds.labels(provider)
+            self.fallbacks.labels(provider)
+            for kind in UPSTREAM_ERROR_KINDS:
+                self.upstream_errors.labels(provider, kind)
+            for kind in RETRIED_KINDS:
+                self.retries.labels(provider, kind)
 
     # --- what is counted ------------------------------------------------------------------------------------------
 
@@ -250,33 +339,8 @@ class Metrics:
         series = self._ended[model, provider] = _Ended(self, model, provider)
         return series
 
-    def render(self) -> bytes:
-        """The page, in Prometheus's text format 0.0.4 (CONTENT_TYPE).
-
-        About 5 µs a line, so a thread is the place for it; series that are added meanwhile do it no harm.
-        """
-        page, _ = render(self._registry, ())
-        return page
-
-    # --- how a metric is made -------------------------------------------------------------------------------------
-
-    def _counter(self, name: str, doc: str, labels: Sequence[str] = (), *closed_sets: Sequence[str]) -> LabelledCounter:
-        """A counter; when every label is a closed set, all its series are there from the start, at zero.
-
-        A series that appears with its first error hides that error from `rate()`
-        (https://prometheus.io/docs/practices/instrumentation/#avoid-missing-metrics).
-        """
-        counter = LabelledCounter(self._registry, name, doc, labels, CounterSeries)
-        if closed_sets:
-            for values in product(*closed_sets):
-                counter.labels(*values)
-        return counter
-
-    def _gauge(self, name: str, doc: str, labels: Sequence[str] = ()) -> LabelledGauge:
-        return LabelledGauge(self._registry, name, doc, labels, GaugeSeries)
-
-    def _histogram(self, name: str, doc: str, labels: Sequence[str], bounds: Sequence[float]) -> LabelledHistogram:
-        return LabelledHistogram(self._registry, name, doc, labels, lambda: HistogramSeries(bounds))
+    def _like_it(self) -> "Metrics":
+        return Metrics(providers=self._providers)
 
 
 class _Ended:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from time import monotonic
 
-from aiohttp import hdrs, web
+from aiohttp import HttpVersion10, hdrs, web
 from aiohttp.typedefs import Handler
 
 from gateway.appkeys import EXCHANGE, LIMITER, METRICS, PULSE, RECORDER, SETTINGS, root
@@ -25,12 +25,14 @@ from gateway.protocol.errors import (
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
+    Overloaded,
     RateLimited,
     ShuttingDown,
     Unauthenticated,
     Unavailable,
 )
 from gateway.stores.grants import Admission
+from gateway.stores.tokens import PREFIX
 
 log = logging.getLogger("gateway.access")
 
@@ -45,8 +47,9 @@ async def on_prepare(request: web.Request, response: web.StreamResponse) -> None
         return
     exchange.prepared = True
     response.headers.update(exchange.response_headers())
-    if root(request)[PULSE].draining:
+    if root(request)[PULSE].closing:
         response.force_close()
+        response.headers[hdrs.CONNECTION] = "close"  # aiohttp has made its headers already
 
 
 @web.middleware
@@ -69,8 +72,7 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
-        if request.version not in ((1, 0), (1, 1)):
-            raise InvalidRequest("HTTP/1.0 and HTTP/1.1 are spoken here", code="http_version")
+        _check_request(request)
         return await handler(request)
     except GatewayError as error:
         return _error_response(request, error)
@@ -83,6 +85,21 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         root(request)[METRICS].internal_errors.labels("request").inc()
         log.exception("unhandled", extra={"fields": {"request_id": request[EXCHANGE].id}})
         return _error_response(request, InternalError("the gateway failed; quote the request id to its operator"))
+
+
+def _check_request(request: web.Request) -> None:
+    """Whether it is for us, in our language, and at a time when there is memory for it."""
+    if request._version not in ((1, 0), (1, 1)):
+        # aiohttp would answer in the client's own: we send none that we do not speak (RFC 9110 2.5).
+        request._version = HttpVersion10
+        raise InvalidRequest("HTTP/1.0 and HTTP/1.1 are spoken here", code="http_version")
+    if not request.raw_path.startswith("/"):
+        # The absolute form is for proxies (RFC 9112 3.2.2): what is asked for is on another host than this one.
+        raise InvalidRequest("the request target must be a path: this is no proxy", code="not_a_proxy")
+    app = root(request)
+    if app[PULSE].overloaded and not request.path.startswith(_QUIET):
+        app[METRICS].shed.labels("memory").inc()
+        raise Overloaded("memory is short; please try again", retry_after=1)
 
 
 def _error_response(request: web.Request, error: GatewayError) -> web.Response:
@@ -115,7 +132,8 @@ def _from_http(request: web.Request, error: web.HTTPException) -> GatewayError:
     if isinstance(error, web.HTTPMethodNotAllowed):
         return MethodNotAllowed(f"{request.method} is not allowed here", allowed=sorted(error.allowed_methods))
     if isinstance(error, web.HTTPNotFound):
-        return NotFound(f"there is no {request.method} {request.path[:128]!r} here", code="unknown_url")
+        path = request.path[:128].partition(PREFIX)[0]  # whoever puts a key there is not told it again
+        return NotFound(f"there is no {request.method} {path!r} here", code="unknown_url")
     return InvalidRequest(error.reason) if error.status < 500 else InternalError("the gateway failed")
 
 
@@ -190,8 +208,8 @@ async def limit(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 def _rate_headers(exchange: Exchange, admission: Admission) -> None:
-    # The key's own window alone: another limit that refused it is no limit of requests a minute.
-    if admission.limit and admission.reason in ("", "requests_per_minute"):
+    # The key's own window or bucket alone: what others are granted is not for it to know.
+    if admission.limit and admission.reason in ("", "requests_per_minute", "requests_per_second"):
         exchange.headers["x-ratelimit-limit-requests"] = str(admission.limit)
         exchange.headers["x-ratelimit-remaining-requests"] = str(admission.remaining)
         exchange.headers["x-ratelimit-reset-requests"] = f"{admission.reset_after:.3f}s"

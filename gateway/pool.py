@@ -5,6 +5,7 @@ The one that came back last is taken first, so that those that are too many grow
 """
 
 import asyncio
+import ipaddress
 import re
 import socket
 import ssl
@@ -23,9 +24,26 @@ from gateway.http1 import MAX_HEAD, Connection
 
 IDLE = 30.0  # seconds that an idle connection is kept, and up to SWEEP more; nginx closes it after 75, node after 5
 SWEEP = 5.0  # seconds between two looks at the idle connections
+# Bytes that the kernel takes of a provider while its client does not read. Left to itself it goes up to tens of
+# megabytes; this, which it doubles, is 80 Mbit/s over 100 ms for each stream.
+RECEIVED = 1 << 19
 FRESH = 60.0  # seconds that addresses are used without asking again
-STALE = 600.0  # seconds that they are used when asking fails
+STALE = 600.0  # seconds that they are used when asking fails, or takes longer than PATIENCE
+PATIENCE = 1.0  # seconds; a resolver that is gone takes ten or more to say so (resolv.conf(5): attempts, timeout)
 ATTEMPT_DELAY = 0.25  # seconds until the next address is tried beside the one before (RFC 8305 5)
+
+# Where clouds hand credentials to whoever asks from their machine: 169.254.169.254, 169.254.170.2 and fd00:ec2::254
+# (https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instancedata-data-retrieval.html), Google's fd20:ce::254 and
+# Alibaba's 100.100.100.200. No provider is there. Other private addresses and loopback are allowed: local models have
+# them, and addresses come from the operator alone.
+_FORBIDDEN = tuple(
+    map(
+        ipaddress.ip_network,
+        ("169.254.0.0/16", "fe80::/10", "fd00:ec2::/32", "fd20:ce::254/128", "100.100.100.200/32"),
+    )
+)
+_FORBIDDEN_WORDS = "{} is at an address that is never connected to"
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: its last 32 bits are an IPv4 address
 
 
 class Origin(NamedTuple):
@@ -142,7 +160,7 @@ class Pool:
     async def _dial(self, origin: Origin, connection: Connection) -> None:
         context = await self._tls() if origin.secure else None
         name = origin.host if origin.secure else None
-        wire = await _connected(await self._addresses.of(origin))
+        wire = await self._reach(origin)
         await asyncio.get_running_loop().create_connection(
             lambda: connection, sock=wire, ssl=context, server_hostname=name
         )
@@ -150,10 +168,12 @@ class Pool:
     async def _tunnel(self, origin: Origin, proxy: Proxy, connection: Connection) -> None:
         loop = asyncio.get_running_loop()
         context = await self._tls()
+        if _is_forbidden(origin.host):  # a name is the proxy's to resolve
+            raise Unreachable("connect", _FORBIDDEN_WORDS)
         try:
-            wire = await _connected(await self._addresses.of(proxy.origin))
-        except Unreachable:
-            raise Unreachable("dns", "the address of the proxy to {} cannot be resolved") from None
+            wire = await self._reach(proxy.origin)
+        except Unreachable as error:
+            raise Unreachable(error.kind, error.words.format("the proxy to {}")) from None
         except OSError:
             raise Unreachable("connect", "the proxy to {} cannot be reached") from None
         transport, asked = await loop.create_connection(partial(_Asked, origin, proxy), sock=wire)
@@ -164,6 +184,15 @@ class Pool:
             transport.abort()
             raise
         connection.connection_made(cast(asyncio.Transport, secured))
+
+    async def _reach(self, origin: Origin) -> socket.socket:
+        """Raises OSError and Unreachable."""
+        addresses = await self._addresses.of(origin)
+        try:
+            return await _connected(addresses)
+        except BaseException:  # nobody answers there, or not in time: it may have moved
+            self._addresses.doubt(origin)
+            raise
 
     async def _tls(self) -> ssl.SSLContext:
         """Made in a thread when it is first needed: it reads a few hundred certificates, which takes 40 ms."""
@@ -180,8 +209,11 @@ def _verifying() -> ssl.SSLContext:
 
 
 async def _connected(addresses: Sequence[AddrInfoType]) -> socket.socket:
-    """A socket to the first address that answers. Raises OSError."""
+    """A socket to the first address that answers. Raises OSError, and Unreachable when none may be connected to."""
     loop = asyncio.get_running_loop()
+    addresses = [address for address in addresses if not _is_forbidden(address[4][0])]
+    if not addresses:
+        raise Unreachable("connect", _FORBIDDEN_WORDS)
     try:
         wire = await aiohappyeyeballs.start_connection(
             addresses, happy_eyeballs_delay=ATTEMPT_DELAY, interleave=1, loop=loop
@@ -189,7 +221,23 @@ async def _connected(addresses: Sequence[AddrInfoType]) -> socket.socket:
     except RuntimeError as error:  # uvloop's word for some of them
         raise OSError(str(error)) from None
     wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVED)
     return wire
+
+
+def _is_forbidden(host: str | int) -> bool:
+    """Whether it is the text of an address that nobody may connect to; looked at after the name was resolved, so that
+    no name can hide one."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            address = address.ipv4_mapped
+        elif address in _NAT64:
+            address = ipaddress.IPv4Address(address.packed[-4:])
+    return any(address in network for network in _FORBIDDEN)
 
 
 class _Addresses:
@@ -197,7 +245,7 @@ class _Addresses:
 
     def __init__(self) -> None:
         self._found: dict[Origin, tuple[float, list[AddrInfoType]]] = {}  # when, seconds, monotonic
-        self._asking: dict[Origin, asyncio.Task[list[AddrInfoType]]] = {}
+        self._asking: dict[Origin, asyncio.Task[None]] = {}
 
     async def of(self, origin: Origin) -> list[AddrInfoType]:
         """Another one first each time, as aiohttp does. Raises Unreachable."""
@@ -205,19 +253,25 @@ class _Addresses:
         if not found:
             if origin not in self._asking:
                 self._asking[origin] = asyncio.create_task(self._ask(origin))
-            found = await asyncio.shield(self._asking[origin])
+            await asyncio.wait({self._asking[origin]}, timeout=PATIENCE if self._known(origin, STALE) else None)
+            found = self._known(origin, STALE)
         if not found:
             raise Unreachable("dns", "the address of {} cannot be resolved")
         addresses = list(found)
         found.append(found.pop(0))
         return addresses
 
+    def doubt(self, origin: Origin) -> None:
+        """The next who wants them asks again."""
+        when, found = self._found[origin]
+        self._found[origin] = min(when, asyncio.get_running_loop().time() - FRESH), found
+
     def _known(self, origin: Origin, limit: float) -> list[AddrInfoType]:
         when, found = self._found.get(origin, (0.0, []))
         return found if found and asyncio.get_running_loop().time() - when < limit else []
 
-    async def _ask(self, origin: Origin) -> list[AddrInfoType]:
-        """Never raises; empty when there is none."""
+    async def _ask(self, origin: Origin) -> None:
+        """Never raises."""
         loop = asyncio.get_running_loop()
         # An address that is given as one is used as it is, also on a machine without a network.
         given = ":" in origin.host or origin.host.replace(".", "").isdecimal()
@@ -226,9 +280,8 @@ class _Addresses:
                 origin.host, origin.port, type=socket.SOCK_STREAM, flags=0 if given else socket.AI_ADDRCONFIG
             )
             self._found[origin] = loop.time(), list(found)
-            return self._found[origin][1]
         except (OSError, UnicodeError):
-            return self._known(origin, STALE)
+            pass  # what was known before is used
         finally:
             del self._asking[origin]
 

@@ -1,346 +1,275 @@
-"""From a provider to the client, one request: errors before the first byte, error events after it.
+"""From a client's request to its answer: one target after another, while nothing of an answer was used.
 
-Rule 1: once a byte was sent there is one status line and no other; what goes wrong then is an error event, no `[DONE]`.
-Rule 2: until the provider's first chunk nothing is sent for one heartbeat interval, so that an error keeps its status.
-Rule 3: whatever happens, the provider's connection is ended here, and the exchange says how it ended.
-Rule 4: what no budget pays for is not sent on: a stream ends in the middle as one that reached its maximum.
+Rule 1: once anything was sent to the client, a heartbeat too, or a provider's text was seen, nobody else is asked.
+Rule 2: another target is asked at once; the same provider again only after a pause, and within a budget of retries.
+Rule 3: a provider that may bill what it did not say (a time-out, an answer that broke) is not asked again.
+Rule 4: an exchange has one row, of the target that was asked last. What failed before it is not billed.
 """
 
 import asyncio
-import logging
-from collections.abc import Coroutine
+import math
+import random
 from time import monotonic, time
 
 from aiohttp import web
 
-from gateway.appkeys import METRICS, PULSE, RECORDER, SETTINGS, UPSTREAM, root
+from gateway.appkeys import BALANCER, METRICS, PULSE, RECORDER, root
+from gateway.attempt import Attempt
+from gateway.balancer import Turn
 from gateway.client import Client
-from gateway.deadline import Deadline
-from gateway.exchange import Exchange, Outcome
+from gateway.exchange import Exchange
 from gateway.protocol.chat import PARSE_HERE, Call, UpstreamRequest, prompt_text
-from gateway.protocol.dialects import DIALECTS
 from gateway.protocol.errors import (
     GatewayError,
     InternalError,
-    ShuttingDown,
-    UpstreamBadBody,
+    InvalidRequest,
+    PermissionDenied,
+    QuotaExhausted,
+    RateLimited,
+    Unavailable,
     UpstreamError,
     UpstreamRateLimited,
     UpstreamRejected,
     UpstreamTimeout,
+    UpstreamTooLong,
+    UpstreamTruncated,
 )
 from gateway.protocol.meter import Meter
-from gateway.protocol.usage import Usage
-from gateway.protocol.whole import Whole
+from gateway.protocol.routing import Target
 from gateway.reserve import reserve
-from gateway.stream import Stream, Tally
-from gateway.upstream import MAX_ERROR_BODY, Answer
 
-log = logging.getLogger("gateway.relay")
+ATTEMPTS = 3  # at most, of one exchange
+LONGEST_WAIT = 1.0  # seconds that a provider may ask for, to be asked again for the same exchange
+JITTER = 0.1  # seconds; doubled with each attempt, and a pause is anything up to it
 
-# The provider refused or died before it generated anything: nothing is billed.
-_NOTHING_BILLED = frozenset({"reset", "protocol", "redirect", "auth", "http_429", "http_4xx", "http_5xx"})
+# After these the same provider says the same: its credential, its address, or what stands there, is wrong.
+_LASTING = frozenset({"auth", "redirect", "bad_body", "tls"})
 
 
 async def relay(request: web.Request, exchange: Exchange) -> web.StreamResponse:
-    """Answer a chat request whose target is set. Raises GatewayError only while no byte was sent."""
-    assert exchange.chat is not None
-    assert exchange.target is not None
-    app = root(request)
-    meter = Meter(prompt_text(exchange.chat))
-    chat = await reserve(request, exchange, meter)
-    call = Call(chat, exchange.target, f"chatcmpl-{exchange.id.replace('-', '')}", int(time()))
-    attempt = _Attempt(request, exchange, call, meter)
-    # Raises InvalidRequest for what the dialect cannot express: nothing was sent yet.
-    request_of = attempt.translator.request
-    to_send = request_of() if len(chat.body) <= PARSE_HERE else await asyncio.to_thread(request_of)
-    exchange.meter = meter
-    await app[RECORDER].begin(exchange)  # raises JournalFull: what cannot be accounted is not sent
-    exchange.outcome = "interrupted"  # until we know better
-    started = monotonic()
+    """Answer a chat request whose route is set. Raises GatewayError only while no byte was sent."""
+    assert exchange.chat is not None and exchange.principal is not None
+    pulse = root(request)[PULSE]
+    client = Client(request, exchange, draining=lambda: pulse.closing, outlived=exchange.principal.drain_seconds > 0)
+    asking = _Asking(request, exchange, client)
+    _name(exchange, exchange.route[0][0])  # until another is asked
     try:
-        return await attempt.run(to_send)
-    except GatewayError as error:
-        attempt.note(error)
-        raise
+        while True:
+            turn = asking.begin()
+            try:
+                attempt, to_send = await asking.prepare(turn)
+                response = await attempt.run(to_send)
+                turn.ok(exchange.first_byte if exchange.chat.stream else 0.0)
+                return response
+            except GatewayError as error:
+                await asking.go_on(turn, error)
+            finally:
+                turn.left()
     except (asyncio.CancelledError, ConnectionError):
-        attempt.note_left(draining=app[PULSE].draining)
+        asking.note_left()
+        raise
+    except GatewayError:
         raise
     except Exception:
-        bug = InternalError("")
-        exchange.outcome, exchange.status, exchange.error_code = "gateway_error", bug.http_status, bug.error_code or ""
+        asking.note_bug()
         raise
     finally:
-        exchange.upstream_ms = (monotonic() - started) * 1000
+        asking.end()
+        pulse.forget(client)
 
 
-class _Attempt:
-    """One try at one target. Its exchange's outcome, status and error_code are written here alone."""
+class _Asking:
+    """One exchange's way from target to target."""
 
     __slots__ = (
-        "_client",
-        "_dialect",
-        "_drain_seconds",
-        "_exchange",
-        "_gathered",
-        "_meter",
-        "_metrics",
-        "_pulse",
-        "_recorder",
-        "_request",
-        "_settings",
-        "_stream",
-        "_tally",
-        "_target",
-        "_upstream",
-        "translator",
-    )
+        "_attempt", "_balancer", "_client", "_exchange", "_excluded", "_failed", "_failure", "_lasting", "_metrics",
+        "_pulse", "_request", "_retrying", "_said", "_sent", "_started",
+    )  # fmt: skip
 
-    def __init__(self, request: web.Request, exchange: Exchange, call: Call, meter: Meter) -> None:
-        assert exchange.principal is not None and exchange.chat is not None
+    def __init__(self, request: web.Request, exchange: Exchange, client: Client) -> None:
         app = root(request)
         self._request = request
         self._exchange = exchange
-        self._target = call.target
-        self._stream = call.chat.stream
-        # The provider streams, and the client wants a whole answer.
-        self._gathered = Whole() if call.chat.stream and not exchange.chat.stream else None
-        self._drain_seconds = exchange.principal.drain_seconds
-        self._pulse = pulse = app[PULSE]
-        self._client = Client(
-            request, exchange, draining=lambda: pulse.draining, outlived=exchange.principal.drain_seconds > 0
-        )
-        self._dialect = DIALECTS[call.target.provider.dialect]
-        self.translator = self._dialect.translator(call)
-        self._meter = meter
-        self._upstream = app[UPSTREAM]
-        self._recorder = app[RECORDER]
-        self._settings = app[SETTINGS]
+        self._client = client
+        self._balancer = app[BALANCER]
         self._metrics = app[METRICS]
-        self._tally = Tally(exchange, meter, self._metrics.tokens_live(exchange.model, call.target.provider.name))
+        self._pulse = app[PULSE]
+        self._attempt: Attempt | None = None  # the one under way
+        self._sent = 0  # attempts
+        self._started = 0.0  # the first of them, seconds, monotonic
+        self._said: list[str] = []  # of each who was passed over or asked in vain, why: `openai=http_503`
+        self._failure: UpstreamError | PermissionDenied | None = None  # what the client is told when nobody answers
+        # Whom not to ask: the next time, again at once, and ever again for this exchange.
+        self._excluded: set[str | tuple[str, str]] = set()
+        self._failed: set[str | tuple[str, str]] = set()
+        self._lasting: set[str | tuple[str, str]] = set()
+        self._retrying = False  # it counts against the budget of retries
 
-    async def run(self, to_send: UpstreamRequest) -> web.StreamResponse:
-        client = self._client
-        self._pulse.watch(client)
+    # --- an attempt
+
+    def begin(self) -> Turn:
+        """At the target to ask next. Raises what went wrong before, or that nobody can be asked."""
         try:
-            answering = self._answer(to_send)
-            return await (self._outlive(answering) if self._drain_seconds else answering)
-        finally:
-            self._pulse.forget(client)
-            if client.prepared:
-                self._exchange.status = 200
-            if client.stalled:
-                self._exchange.error_code = "client_stalled"
+            return self._balancer.begin(self._exchange.route, self._excluded, self._said)
+        except GatewayError as out:
+            self._tell(self._said)
+            raise self._failure or out from None
 
-    def _answer(self, to_send: UpstreamRequest) -> Coroutine[None, None, web.StreamResponse]:
-        if not self._stream:
-            return self._answer_whole(to_send)
-        if self._gathered is None:
-            return self._answer_stream(to_send)
-        return self._answer_gathered(to_send, self._gathered)
+    async def prepare(self, turn: Turn) -> tuple[Attempt, UpstreamRequest]:
+        """All that comes before anything is sent. Raises GatewayError: then nothing was, and nobody was named."""
+        exchange, target = self._exchange, turn.target
+        assert exchange.chat is not None
+        self._attempt = None
+        meter = Meter(prompt_text(exchange.chat))
+        chat = await reserve(self._request, exchange, target, meter)
+        call = Call(chat, target, f"chatcmpl-{exchange.id.replace('-', '')}", int(time()))
+        attempt = Attempt(self._request, exchange, self._client, turn, call, meter)
+        # Raises InvalidRequest for what the dialect cannot express.
+        request_of = attempt.translator.request
+        to_send = request_of() if len(chat.body) <= PARSE_HERE else await asyncio.to_thread(request_of)
+        exchange.meter = meter
+        if target is not exchange.target:
+            _name(exchange, target)
+        if not self._sent:
+            # Raises JournalFull: what cannot be accounted is not sent.
+            await root(self._request)[RECORDER].begin(exchange)
+            self._started = monotonic()
+            self._pulse.watch(self._client)
+        self._client.sent = monotonic()  # a heartbeat is due after an interval from here
+        self._count(target)
+        self._sent += 1
+        self._tell([*self._said, f"{target.provider.name}=ok"])
+        exchange.outcome = "interrupted"  # until we know better
+        self._attempt = attempt
+        return attempt, to_send
 
-    async def _outlive(self, answering: Coroutine[None, None, web.StreamResponse]) -> web.StreamResponse:
-        """The client may leave: the provider is read on for a while, so that its own figures come."""
-        task = asyncio.create_task(answering)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            self._client.leave()
-            await asyncio.wait({task}, timeout=self._drain_seconds)
-            raise
-        finally:
-            task.cancel()
-            await asyncio.wait({task})
-            error = None if task.cancelled() else task.exception()
-            if self._client.left and error is not None and not isinstance(error, GatewayError | ConnectionError):
-                self._metrics.internal_errors.labels("stream").inc()  # nobody else is left to hear of it
-                log.error("an outlived exchange failed", exc_info=error)
+    def _count(self, target: Target) -> None:
+        exchange, name = self._exchange, target.provider.name
+        if self._sent:
+            exchange.status, exchange.error_code = 0, ""
+            exchange.headers.pop("X-Upstream-Request-Id", None)
+        if self._sent and (name in self._failed or _key(target) in self._failed):
+            self._metrics.retries.labels(name, getattr(self._failure, "kind", "")).inc()
+        elif self._sent or target not in exchange.route[0]:
+            self._metrics.fallbacks.labels(name).inc()
 
-    # --- a stream
+    def _tell(self, said: list[str]) -> None:
+        self._exchange.headers["X-Gateway-Attempts"] = ", ".join(said)
 
-    async def _answer_stream(self, to_send: UpstreamRequest) -> web.StreamResponse:
-        self._metrics.streams_open.inc()
-        try:
-            await self._send_stream(to_send)
-            return await self._client.end()
-        finally:
-            self._metrics.streams_open.dec()
+    # --- and when it failed
 
-    async def _send_stream(self, to_send: UpstreamRequest) -> None:
-        """All of the stream but its end. Raises GatewayError only while no byte was sent."""
-        try:
-            last = await self._pump(await self._open(to_send))
-            await self._recorder.settle(self._exchange)
-            if last:
-                self._client.write(last)
-        except GatewayError as error:
-            if not self._client.prepared:
-                raise
-            await self._break(error)
-        except Exception as error:
-            # A bug of ours must not leave the client with half an answer that looks whole.
-            if isinstance(error, ConnectionError) or not self._client.prepared:
-                raise
-            self._metrics.internal_errors.labels("stream").inc()
-            log.exception("stream failed", extra={"fields": {"request_id": self._exchange.id}})
-            await self._break(InternalError("the gateway failed in the middle of the answer"))
-
-    async def _break(self, error: GatewayError) -> None:
-        self.note(error)
-        self._exchange.status = 200
-        await self._recorder.settle(self._exchange)
-        self._client.write(error.event())
-
-    async def _open(self, to_send: UpstreamRequest) -> Answer:
-        """The provider's answer, once it is one that streams. Raises UpstreamError."""
-        limit = self._settings.gateway_first_byte_timeout
-        try:
-            with Deadline(limit) as self._client.deadline:
-                answer = await self._post(to_send)
-                if answer.status != 200:
-                    raise await self._refusal(answer)
-        except TimeoutError:
-            raise self._late(limit, f"sent no answer within {limit:g} s", "timeout_headers") from None
-        finally:
-            self._client.deadline = None
-        if answer.content_type in ("text/html", "application/json") and answer.content_type != self._dialect.media_type:
-            answer.close()
-            raise UpstreamBadBody(f"{self._target.provider.name} answered with {answer.content_type}, not a stream")
-        return answer
-
-    async def _pump(self, answer: Answer) -> bytes:
-        """All of the stream but its last chunk, which it gives."""
-        stream = Stream(
-            self._exchange,
-            self.translator,
-            self._tally,
-            self._client,
-            self._recorder,
-            gathered=self._gathered,
-            limit=self._settings.gateway_max_reply,
-        )
-        self._client.answer = answer
-        try:
-            last = await stream.run(answer)
-        except BaseException:
-            answer.close()
-            raise
-        finally:
-            self._client.answer = None
-            stream.settle()
-        if last is None:
-            answer.close()
-            return await self._cut()
-        answer.finish()
-        self._done("ok")
-        return last
-
-    async def _cut(self) -> bytes:
-        """The last words of a stream that nothing is left to pay for: those of one that reached its maximum."""
-        self._meter.finish_reason = "length"
-        self._done("budget_exhausted")
-        await self._recorder.counted(self._exchange)
-        usage, _ = self._meter.result()
-        return self.translator.cut(usage)
-
-    # --- a whole answer
-
-    async def _answer_whole(self, to_send: UpstreamRequest) -> web.StreamResponse:
-        limit = self._settings.gateway_total_timeout
-        try:
-            with Deadline(limit) as self._client.deadline:
-                answer = await self._post(to_send)
-                if answer.status != 200:
-                    raise await self._refusal(answer)
-                body = await self._whole(answer, self._settings.gateway_max_reply)
-        except TimeoutError:
-            raise self._late(limit, f"did not finish its answer within {limit:g} s", "timeout_total") from None
-        finally:
-            self._client.deadline = None
-        reply = self.translator.reply(body)
-        self._tally.count(reply.text, reply.usage, reply.finish_reason)
-        return await self._client.send_whole(reply.body, self._before_last)
-
-    async def _before_last(self) -> None:
-        """The last byte of a whole answer."""
-        self._done("ok")
-        await self._settle()
-
-    async def _answer_gathered(self, to_send: UpstreamRequest, whole: Whole) -> web.StreamResponse:
-        """Made of a stream, which a budget may have ended in the middle."""
-        limit = self._settings.gateway_total_timeout
-        try:
-            async with asyncio.timeout(limit):
-                last = await self._pump(await self._open(to_send))
-        except TimeoutError:
-            raise self._late(limit, f"did not finish its answer within {limit:g} s", "timeout_total") from None
-        whole.add(last)
-        return await self._client.send_whole(whole.body(), self._settle)
-
-    async def _settle(self) -> None:
-        await self._recorder.settle(self._exchange)
-
-    # --- both
-
-    def _done(self, outcome: Outcome) -> None:
-        """All is there that will come, whether the client is or not."""
-        self._exchange.outcome = "client_abort" if self._client.left else outcome
-        self._exchange.status = 0 if self._client.left and not self._client.prepared else 200
-
-    def _late(self, limit: float, words: str, kind: str) -> GatewayError:
-        """What a time-out means: an interruption, a connection that never was, or a provider that is too slow."""
-        if self._client.interrupted is not None:
-            return self._client.interrupted
-        if not self._exchange.connected:
-            words, kind = f"could not be connected to within {limit:g} s", "timeout_connect"
-        return UpstreamTimeout(f"{self._target.provider.name} {words}", kind=kind)
-
-    async def _post(self, to_send: UpstreamRequest) -> Answer:
-        named = to_send._replace(headers={**to_send.headers, "X-Request-Id": self._exchange.id})
-        answer = await self._upstream.post(self._target, named, self._request.headers, self._connected)
-        if answer.request_id:
-            self._exchange.headers["X-Upstream-Request-Id"] = answer.request_id
-        return answer
-
-    def _connected(self) -> None:
-        """From here on the provider may bill: a usage row is due."""
-        self._exchange.connected = True
-
-    async def _refusal(self, answer: Answer) -> GatewayError:
-        return self.translator.error(answer.status, await self._whole(answer, MAX_ERROR_BODY), answer.retry_after)
-
-    async def _whole(self, answer: Answer, limit: int) -> bytes:
-        try:
-            body = await answer.body(limit)
-        except BaseException:
-            answer.close()
-            raise
-        answer.finish()
-        return body
-
-    def note_left(self, *, draining: bool) -> None:
-        """The client is gone, or we are going; a client that leaves when it has everything leaves nothing to note."""
-        if self._exchange.outcome not in ("ok", "budget_exhausted"):
-            self._exchange.outcome = "interrupted" if draining else "client_abort"
-
-    def note(self, error: GatewayError) -> None:
-        """How the exchange ended, from what ended it."""
-        exchange = self._exchange
-        exchange.status, exchange.error_code = error.http_status, error.error_code or ""
-        if isinstance(error, ShuttingDown):
-            exchange.outcome = "interrupted"
-        elif isinstance(error, UpstreamTimeout):
-            exchange.outcome = "upstream_timeout"
-        elif isinstance(error, UpstreamRejected | UpstreamRateLimited):
-            exchange.outcome = "rejected"
-        elif isinstance(error, UpstreamError):
-            exchange.outcome = "upstream_error"
+    async def go_on(self, turn: Turn, error: GatewayError) -> None:
+        """Notes what went wrong, and returns when another is to be asked. Else raises what the client is told."""
+        attempt = self._attempt
+        if attempt is None:
+            self._pass_over(turn.target, error)
         else:
-            exchange.outcome = "gateway_error"
-        if self._client.left:
-            exchange.outcome = "client_abort"
+            self._fail(turn, error, attempt)
+        self._client.sent = math.inf  # no heartbeat: it would be the beginning of an answer
+        self._excluded = self._failed
+        if self._sent and self._balancer.wait(self._exchange.route, self._failed) != 0:
+            await self._pause()
+
+    def _pass_over(self, target: Target, error: GatewayError) -> None:
+        """A target that was not asked: its dialect cannot say it, or no budget pays for it."""
+        if isinstance(error, InvalidRequest):
+            passed, word = self._sent or target not in self._exchange.route[0], "unsupported"
+        elif isinstance(error, PermissionDenied):  # no price is known for it
+            passed, word = True, "unpaid"
+            self._failure = self._failure or error
+        else:
+            passed, word = self._sent and isinstance(error, QuotaExhausted | RateLimited | Unavailable), "unpaid"
+        if not passed:
+            raise error
+        self._said.append(f"{target.provider.name}={word}")
+        self._failed.add(_key(target))
+        self._lasting.add(_key(target))
+
+    def _fail(self, turn: Turn, error: GatewayError, attempt: Attempt) -> None:
+        """An attempt that was made."""
+        attempt.note(error)
+        turn.left()
         if not isinstance(error, UpstreamError):
-            return
-        self._metrics.upstream_errors.labels(self._target.provider.name, error.kind).inc()
-        if error.kind in _NOTHING_BILLED and not self._meter.bytes_out and self._meter.usage is None:
-            self._meter.usage = Usage(0, 0)
+            raise error
+        self._failure = error
+        self._said.append(f"{turn.target.provider.name}={error.kind}")
+        self._tell(self._said)
+        if not self._may_go_on(error, attempt):
+            raise error
+        self._exclude(turn.target, error, attempt)
+
+    def _may_go_on(self, error: UpstreamError, attempt: Attempt) -> bool:
+        if isinstance(error, UpstreamRejected | UpstreamTruncated | UpstreamTooLong):
+            return False  # the client's to mend, or text that was paid for
+        if isinstance(error, UpstreamTimeout) and error.kind != "timeout_connect":
+            return False  # the provider may be at it still
+        return self._sent < ATTEMPTS and attempt.untouched and not self._pulse.draining
+
+    def _exclude(self, target: Target, error: UpstreamError, attempt: Attempt) -> None:
+        limited = isinstance(error, UpstreamRateLimited)
+        self._failed.add(_key(target))
+        if not limited:  # that is of the model alone
+            self._failed.add(target.provider.name)
+        patient = attempt.asked_for is not None and attempt.asked_for <= LONGEST_WAIT
+        if error.kind in _LASTING or (limited and (target.own_credential or not patient)):
+            self._lasting.add(_key(target))
+
+    async def _pause(self) -> None:
+        """Before somebody is asked once more, if somebody may be."""
+        balancer = self._balancer
+        wait = balancer.wait(self._exchange.route, self._lasting)
+        if wait is None or wait > LONGEST_WAIT or not (self._retrying or balancer.may_retry):
+            return  # to find that nobody is left
+        if not self._retrying:
+            self._retrying = True
+            balancer.retrying += 1
+        # Full jitter: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
+        await asyncio.sleep(wait + random.uniform(0, min(JITTER * 2**self._sent, 1.0)))  # noqa: S311
+        if (interrupted := self._client.interrupted) is not None:
+            exchange = self._exchange
+            exchange.outcome, exchange.status = "interrupted", interrupted.http_status
+            exchange.error_code = interrupted.error_code or ""
+            raise interrupted
+        if not self._pulse.draining:
+            self._excluded = self._lasting
+
+    # --- the end
+
+    def note_left(self) -> None:
+        """The client is gone, or we are going; a client that leaves when it has everything leaves nothing to note."""
+        if self._exchange.outcome not in ("", "ok", "budget_exhausted"):
+            self._exchange.outcome = "interrupted" if self._pulse.draining else "client_abort"
+
+    def note_bug(self) -> None:
+        if self._sent:
+            exchange, bug = self._exchange, InternalError("")
+            exchange.outcome, exchange.status, exchange.error_code = (
+                "gateway_error",
+                bug.http_status,
+                bug.error_code or "",
+            )
+
+    def end(self) -> None:
+        if self._retrying:
+            self._balancer.retrying -= 1
+        if self._started:
+            self._exchange.upstream_ms = (monotonic() - self._started) * 1000
+        if self._client.prepared:
+            self._exchange.status = 200
+        if self._client.stalled:
+            self._exchange.error_code = "client_stalled"
+
+
+def _key(target: Target) -> tuple[str, str]:
+    return target.provider.name, target.model
+
+
+def _name(exchange: Exchange, target: Target) -> None:
+    exchange.target = target
+    exchange.headers["X-Gateway-Provider"] = target.provider.name
+    exchange.headers["X-Gateway-Model"] = _header_safe(target.model)
+
+
+def _header_safe(text: str) -> str:
+    """A model name may hold any printable character; a header only ASCII."""
+    return text.encode("ascii", "replace").decode()

@@ -12,6 +12,7 @@ from gateway.exchange import Exchange
 from gateway.protocol.chat import PARSE_HERE, ChatRequest, max_output
 from gateway.protocol.errors import GatewayError, PermissionDenied, QuotaExhausted, RateLimited, Unavailable
 from gateway.protocol.meter import Meter
+from gateway.protocol.routing import Target
 from gateway.protocol.whole import streamed
 from gateway.stores.budgets import SLICE, Reservation
 
@@ -24,19 +25,21 @@ _REFUSALS: Mapping[type[GatewayError], str] = {
 }
 
 
-async def reserve(request: web.Request, exchange: Exchange, meter: Meter) -> ChatRequest:
-    """The request as its budgets let it be sent; what they hold for it is the exchange's `reservation`.
+async def reserve(request: web.Request, exchange: Exchange, target: Target, meter: Meter) -> ChatRequest:
+    """The request as its budgets let it be sent to `target`; what they hold for it is the exchange's `reservation`.
 
-    Raises what `Budgets.reserve` does.
+    What was held for another target that it was sent to before is given back. Raises what `Budgets.reserve` does.
     """
-    chat, principal, target = exchange.chat, exchange.principal, exchange.target
-    assert chat is not None and principal is not None and target is not None
+    chat, principal = exchange.chat, exchange.principal
+    assert chat is not None and principal is not None
     if not root(request)[BUDGETS].covers(principal):
         return chat
+    if exchange.reservation is not None:
+        exchange.reservation.settle(0, 0)
     large = len(chat.body) > PARSE_HERE
     prompt_tokens = await asyncio.to_thread(meter.prompt_estimate) if large else meter.prompt_estimate()
     try:
-        reservation = await _ask(request, exchange, prompt_tokens, min(max_output(chat) or SLICE, SLICE))
+        reservation = await _ask(request, exchange, target, prompt_tokens, min(max_output(chat) or SLICE, SLICE))
     except GatewayError as error:
         root(request)[METRICS].rate_limited.labels(_REFUSALS[type(error)]).inc()
         raise
@@ -49,9 +52,11 @@ async def reserve(request: web.Request, exchange: Exchange, meter: Meter) -> Cha
     return await asyncio.to_thread(ask) if large else ask()
 
 
-async def _ask(request: web.Request, exchange: Exchange, prompt_tokens: int, output_tokens: int) -> Reservation:
-    target, principal = exchange.target, exchange.principal
-    assert target is not None and principal is not None
+async def _ask(
+    request: web.Request, exchange: Exchange, target: Target, prompt_tokens: int, output_tokens: int
+) -> Reservation:
+    principal = exchange.principal
+    assert principal is not None
     return await root(request)[BUDGETS].reserve(
         principal,
         exchange.id,

@@ -8,7 +8,8 @@ Rule 3: the hot path holds a bound series (`metric.labels("a", "b")`, cached) an
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import add
 from typing import Any, Generic, Protocol, TypeVar
 
 from aioprometheus.collectors import Collector, Counter, Gauge, Histogram, Registry
@@ -26,6 +27,14 @@ class Sampled(Protocol):
         """What aioprometheus's formatter prints for the series: a number, or a histogram's lines by name."""
         ...
 
+    def numbers(self) -> list[float]:
+        """All that makes up the series, for `join` in another process."""
+        ...
+
+    def join(self, numbers: Sequence[float]) -> None:
+        """Join in what a series of the same name counted in another process. What does not fit is left out."""
+        ...
+
 
 class CounterSeries:
     __slots__ = ("value",)
@@ -41,12 +50,22 @@ class CounterSeries:
     def sample(self) -> float:
         return self.value
 
+    def numbers(self) -> list[float]:
+        return [self.value]
+
+    def join(self, numbers: Sequence[float]) -> None:
+        self.inc(sum(numbers))
+
 
 class GaugeSeries:
-    __slots__ = ("_read", "value")
+    """`together`: what the values of two processes make: their sum, the larger or the smaller one."""
 
-    def __init__(self) -> None:
+    __slots__ = ("_joined", "_read", "_together", "value")
+
+    def __init__(self, together: Callable[[float, float], float] = add) -> None:
         self.value: float = 0
+        self._together = together
+        self._joined = False
         self._read: Callable[[], float] | None = None
 
     def set(self, value: float) -> None:
@@ -64,6 +83,14 @@ class GaugeSeries:
 
     def sample(self) -> float:
         return self.value if self._read is None else float(self._read())
+
+    def numbers(self) -> list[float]:
+        return [self.sample()]
+
+    def join(self, numbers: Sequence[float]) -> None:
+        for number in numbers:
+            self.value = self._together(self.value, number) if self._joined else number  # at first ours is none of them
+            self._joined, self._read = True, None
 
 
 class HistogramSeries:
@@ -90,6 +117,14 @@ class HistogramSeries:
             lines[bound] = total
         return {**lines, "count": total, "sum": self.sum}
 
+    def numbers(self) -> list[float]:
+        return [*self._counts, self.sum]
+
+    def join(self, numbers: Sequence[float]) -> None:
+        if len(numbers) == len(self._counts) + 1:  # else of a version with other buckets
+            self._counts = [ours + int(theirs) for ours, theirs in zip(self._counts, numbers, strict=False)]
+            self.sum += numbers[-1]
+
 
 S = TypeVar("S", bound=Sampled)
 
@@ -106,7 +141,6 @@ class Labelled(Collector, Generic[S]):
         self._label_names = tuple(label_names)
         self._new = new
         self._series: dict[tuple[str, ...], S] = {}
-        self._overflow: S | None = None  # the series `other`, once the cap was met
 
     def labels(self, *values: str) -> S:
         """The series with these label values, the same object every time; beyond the cap the one named `other`."""
@@ -117,18 +151,28 @@ class Labelled(Collector, Generic[S]):
         if len(values) != len(self._label_names):
             raise ValueError(f"{self.name} has {len(self._label_names)} labels, {len(values)} were given")
         if len(self._series) >= self.cap:
-            self._overflow = self._overflow or self._new()
-            return self._overflow
-        self._series[values] = series = self._new()
+            values = (OTHER,) * len(values)
+        series = self._series[values] = self._series.get(values) or self._new()
         return series
+
+    def numbers(self) -> dict[tuple[str, ...], list[float]]:
+        """Of each series, by its label values; these have UTF-8."""
+        return {
+            values if "".join(values).isprintable() else tuple(map(clean, values)): series.numbers()
+            for values, series in list(self._series.items())
+        }
+
+    def join(self, numbers: Mapping[tuple[str, ...], Sequence[float]]) -> None:
+        """Join in what `numbers` gave in another process."""
+        for values, theirs in numbers.items():
+            if len(values) == len(self._label_names):  # else of a version with other labels
+                self.labels(*values).join(theirs)
 
     def get_all(self) -> list[tuple[dict[str, str], Any]]:
         """What aioprometheus's formatter asks for. It writes label values as they are, so here they are escaped."""
-        rows = list(self._series.items())
-        if self._overflow is not None:
-            rows.append(((OTHER,) * len(self._label_names), self._overflow))
         return [
-            (dict(zip(self._label_names, map(escape, values), strict=True)), series.sample()) for values, series in rows
+            (dict(zip(self._label_names, map(escape, values), strict=True)), series.sample())
+            for values, series in list(self._series.items())
         ]
 
 
@@ -144,13 +188,17 @@ class LabelledHistogram(Labelled[HistogramSeries], Histogram):
     cap = MAX_HISTOGRAMS
 
 
+def clean(value: str) -> str:
+    """A lone surrogate has no UTF-8, and control characters have no place in a name: each becomes a replacement."""
+    if value.isprintable():
+        return value
+    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in value)
+
+
 # "label_value can be any sequence of UTF-8 characters, but the backslash, double-quote, and line feed characters have
-# to be escaped" (https://prometheus.io/docs/instrumenting/exposition_formats/). A lone surrogate has no UTF-8, and
-# other control characters have no place in a name: each becomes a replacement character.
+# to be escaped" (https://prometheus.io/docs/instrumenting/exposition_formats/).
 _ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
 
 
 def escape(value: str) -> str:
-    if not value.isprintable():
-        value = "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in value)
-    return value.translate(_ESCAPES)
+    return clean(value).translate(_ESCAPES)

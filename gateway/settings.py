@@ -44,6 +44,9 @@ def _doc(words: str) -> Meta:
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     host: Annotated[str, _doc("address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535), _doc("port to listen on")] = 3000
+    gateway_workers: Annotated[
+        Annotated[int, Meta(ge=0, le=512)], _doc("processes that serve, under one that supervises them; 0: one a core")
+    ] = 1
     environment: Annotated[
         Literal["development", "production"],
         _doc("`development` offers the built-in mock models and readable logs; `production` neither"),
@@ -57,7 +60,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     redis_url: Annotated[str, _doc("Redis or Valkey; empty: the embedded one in the data folder")] = ""
     gateway_data_dir: Annotated[str, _doc("folder of the embedded servers")] = ".gateway/data"
     gateway_config: Annotated[
-        str, _doc("the operator's TOML file: providers, model aliases, prices, limits of routes")
+        str, _doc("the operator's TOML file: providers, models and their fallbacks, aliases, prices, limits of routes")
     ] = ""
 
     openai_api_key: Annotated[str, _doc("OpenAI's key")] = ""
@@ -81,9 +84,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     gateway_connect_timeout: Annotated[Seconds, _doc("seconds to connect to a provider")] = 60.0
     gateway_first_byte_timeout: Annotated[Seconds, _doc("seconds until a stream's response headers")] = 60.0
     gateway_idle_timeout: Annotated[Seconds, _doc("seconds of silence that end a stream")] = 60.0
+    # Two minutes are long for an answer, and ten for one that reasons; research models stream for half an hour
+    # (https://platform.openai.com/docs/guides/deep-research). What goes on after an hour does not end by itself.
+    gateway_max_stream: Annotated[Seconds, _doc("seconds after which a stream is ended that still moves")] = 3600.0
     gateway_total_timeout: Annotated[Seconds, _doc("seconds for a whole answer that is not streamed")] = 60.0
     gateway_heartbeat: Annotated[Seconds, _doc("seconds of silence after which `: ping` is sent")] = 15.0
     gateway_write_timeout: Annotated[Seconds, _doc("seconds a client may not read before it is dropped")] = 30.0
+    gateway_header_timeout: Annotated[Seconds, _doc("seconds for a request's headers to arrive")] = 30.0
     gateway_body_timeout: Annotated[Seconds, _doc("seconds for a request body to arrive")] = 60.0
     gateway_drain_timeout: Annotated[Seconds, _doc("seconds that open streams may go on after SIGTERM")] = 110.0
     gateway_drain_delay: Annotated[
@@ -121,10 +128,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = "none"
     gateway_keep_months: Annotated[Count, _doc("whole months of usage rows kept beside this one; 0: all")] = 0
 
+    gateway_trusted_proxies: Annotated[
+        Count, _doc("proxies in front that add to `X-Forwarded-For`; 0: the header is not read")
+    ] = 0
     gateway_registration: Annotated[
-        Literal["open", "closed"],
-        _doc("`open`: anybody may register; `closed`: the first account alone, which is the admin"),
+        str,
+        _doc(
+            "`open`: anybody may register; `closed`: the first account alone, which is the admin;"
+            " `example.com,example.org`: whose email is of these domains"
+        ),
     ] = "open"
+    gateway_revoked_streams: Annotated[
+        Literal["cut", "finish"],
+        _doc("what is being answered for a key when it is revoked or expires: `cut` within seconds, or `finish`"),
+    ] = "cut"
     gateway_key_pepper: Annotated[
         str, _doc("secret that keys' digests are made with; empty: one kept in the database")
     ] = ""
@@ -167,6 +184,7 @@ def _checked(values: Mapping[str, object]) -> Settings:
         raise SettingsError(f"{field.upper()}: {problem}") from None
     if settings.gateway_drain_delay > settings.gateway_drain_timeout:
         raise SettingsError("GATEWAY_DRAIN_DELAY: it is a part of GATEWAY_DRAIN_TIMEOUT, and cannot be longer")
+    _check_registration("GATEWAY_REGISTRATION", settings.gateway_registration)
     _check_postgres("DATABASE_URL", settings.database_url)
     _check_redis("REDIS_URL", settings.redis_url)
     _check_proxy("GATEWAY_PROXY", settings.gateway_proxy)
@@ -180,6 +198,16 @@ def explain(error: msgspec.ValidationError) -> tuple[str, str]:
     """Where in the data the error is, as `providers.x.base_url`, and what it is."""
     problem, _, path = str(error).partition(" - at `$")
     return path.rstrip("`").removeprefix("."), problem
+
+
+_DOMAIN = re.compile(r"[a-z0-9-]{1,63}(\.[a-z0-9-]{1,63})+")
+
+
+def _check_registration(name: str, text: str) -> None:
+    """A word that is neither is no domain either: `opne` must not close the door, or open it."""
+    domains = [domain.strip() for domain in text.lower().split(",")]
+    if text not in ("open", "closed") and not all(map(_DOMAIN.fullmatch, domains)):
+        raise SettingsError(f"{name}: `open`, `closed`, or domains as example.com,example.org are required")
 
 
 # --- addresses ----------------------------------------------------------------------------------------------------

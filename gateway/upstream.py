@@ -141,11 +141,15 @@ def _head(method: str, target: Target, path: str, own: dict[str, str]) -> tuple[
     shared = None if target.own_credential else target.credential
     try:
         origin, fixed = _fixed(
-            method, provider.base_url + path, tuple(provider.headers.items()), provider.auth, shared, tuple(own)
+            method, _url(provider, path), tuple(provider.headers.items()), provider.auth, shared, tuple(own)
         )
         return origin, b"%b%b\r\n" % (fixed, _lines(own.items()))
     except ValueError:
         raise UpstreamUnreachable(f"a header for {provider.name} cannot be sent", kind="protocol") from None
+
+
+def _url(provider: Provider, path: str) -> str:
+    return f"{provider.base_url}{path}?{provider.query}" if provider.query else provider.base_url + path
 
 
 def _credential(auth: str, credential: str | None) -> dict[str, str]:

@@ -157,6 +157,7 @@ CREATE TABLE public.keys (
     cost_micros_per_day bigint DEFAULT 0 NOT NULL,
     cost_micros_per_month bigint DEFAULT 0 NOT NULL,
     drain_seconds integer DEFAULT 0 NOT NULL,
+    expires_at timestamp with time zone,
     CONSTRAINT keys_concurrent_requests_check CHECK ((concurrent_requests >= 0)),
     CONSTRAINT keys_id_check CHECK ((length(id) = 12)),
     CONSTRAINT keys_requests_per_minute_check CHECK ((requests_per_minute >= 0))
@@ -189,6 +190,8 @@ COMMENT ON COLUMN public.keys.cost_micros_per_day IS 'Micro-dollars of a day (UT
 COMMENT ON COLUMN public.keys.cost_micros_per_month IS 'Micro-dollars of a month (UTC); 0: no limit.';
 
 COMMENT ON COLUMN public.keys.drain_seconds IS 'Seconds that a provider is read on for a client that left; 0: it is closed at once.';
+
+COMMENT ON COLUMN public.keys.expires_at IS 'From when on it is refused, by the clock of the database; null: never.';
 
 CREATE TABLE public.secrets (
     name text NOT NULL,

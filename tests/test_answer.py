@@ -82,6 +82,11 @@ async def test_the_head_says_what_the_relay_has_to_know() -> None:
     )
 
 
+async def test_the_head_says_how_long_nothing_is_left_of_a_limit() -> None:
+    used_up, _ = opened(b"X-RateLimit-Remaining-Requests: 0", b"X-RateLimit-Reset-Requests: 1m2s")
+    assert (used_up.exhausted_for, opened()[0].exhausted_for) == (62.0, 0.0)
+
+
 async def test_a_head_that_says_nothing_has_the_defaults() -> None:
     answer, _ = opened()
     assert (answer.content_type, answer.retry_after, answer.request_id) == ("application/octet-stream", None, "")

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any, cast
 
 import orjson
@@ -6,13 +7,13 @@ import pytest
 from gateway import catalogue as catalogue_module
 from gateway.catalogue import Catalogue
 from gateway.protocol.errors import ModelNotFound, PermissionDenied, UpstreamUnreachable
-from gateway.protocol.routing import Provider, Routes
+from gateway.protocol.routing import Plan, Provider, Routes, Share
 from gateway.upstream import Upstream
 
 pytestmark = pytest.mark.unit
 
 OPENAI = Provider("openai", "openai", "https://openai.example/v1", "key of openai", rules=("gpt-*",))
-OLLAMA = Provider("ollama", "ollama", "http://ollama.example")
+OLLAMA = Provider("ollama", "ollama", "http://ollama.example", probed=True)
 
 
 class Lists:
@@ -28,9 +29,9 @@ class Lists:
         return orjson.dumps({"models": [{"name": name} for name in names], "data": [{"id": name} for name in names]})
 
 
-def catalogue(lists: Any = None, *providers: Provider) -> Catalogue:
+def catalogue(lists: Any = None, *providers: Provider, **told: Any) -> Catalogue:
     routes = Routes({provider.name: provider for provider in providers or (OPENAI, OLLAMA)}, {"fast": "gpt-5-mini"})
-    return Catalogue(routes, cast(Upstream, lists), probed=("ollama",), on_models=lambda names: None)
+    return Catalogue(routes, cast(Upstream, lists), on_models=lambda names: None, **told)
 
 
 # --- targets ------------------------------------------------------------------------------------------------------
@@ -38,9 +39,10 @@ def catalogue(lists: Any = None, *providers: Provider) -> Catalogue:
 
 def test_a_model_that_was_asked_for_before_has_the_target_that_it_had() -> None:
     known = catalogue()
-    first = known.resolve("fast", None, ())
+    route = known.resolve("fast", None, ())
+    first = route[0][0]
     assert (first.provider, first.model, first.credential) == (OPENAI, "gpt-5-mini", "key of openai")
-    assert known.resolve("fast", None, ()) is first
+    assert known.resolve("fast", None, ()) is route
 
 
 def test_what_one_key_may_use_says_nothing_of_another() -> None:
@@ -58,7 +60,7 @@ def test_a_callers_own_credential_is_for_that_request_alone() -> None:
         target = known.resolve("gpt-5", credential, ())[0][0]
         assert (target.provider, target.model) == (OPENAI, "gpt-5")
         assert (target.credential, target.own_credential) == (credential, True)
-    assert not any(target.credential in ("sk-one", "sk-two") for target in known._targets.values())
+    assert not any(target.credential in ("sk-one", "sk-two") for ((target,),) in known._known.values())
     plain = known.resolve("gpt-5", None, ())[0][0]
     assert (plain.credential, plain.own_credential) == ("key of openai", False)
 
@@ -87,11 +89,11 @@ async def test_a_provider_that_went_away_is_no_target_any_more() -> None:
 
 
 def test_names_that_clients_choose_fill_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalogue_module, "MAX_TARGETS", 10)
+    monkeypatch.setattr(catalogue_module, "MAX_ROUTES", 10)
     known = catalogue()
     for number in range(25):
         assert known.resolve(f"model-{number}", None, ())[0][0].model == f"model-{number}"
-        assert len(known._targets) <= 10
+        assert len(known._known) <= 10
 
 
 # --- lists --------------------------------------------------------------------------------------------------------
@@ -107,3 +109,68 @@ async def test_the_list_has_the_names_to_ask_for_that_a_key_may_use() -> None:
     lists.of["openai"] = ["gpt-6"]
     await known.refresh()
     assert [model.id for model in known.models(("gpt-*",))] == ["gpt-6"]
+
+
+async def test_names_with_a_plan_are_listed_with_who_answers_first_and_patterns_are_not() -> None:
+    plans = {
+        "smart": Plan((Share("openai", "gpt-5"), Share("ollama", "llama3"))),
+        "gpt-*": Plan(fallbacks=("ollama/llama3",)),
+        "nobody": Plan((Share("off", "x"),)),
+    }
+    providers = {p.name: p for p in (OPENAI, OLLAMA, Provider("off", "openai", "https://off.example", enabled=False))}
+    labels: set[str] = set()
+    known = Catalogue(Routes(providers, {}, plans), cast(Upstream, Lists()), on_models=labels.update)
+    assert [(model.id, model.owned_by) for model in known.models(())] == [("smart", OPENAI.label)]
+    assert known.models(("claude-*",)) == []
+    assert labels == {"smart", "nobody"}
+
+
+# --- looks --------------------------------------------------------------------------------------------------------
+
+
+async def test_each_look_is_told_and_a_look_at_some_asks_no_others() -> None:
+    lists, looks = Lists(), list[tuple[str, bool]]()
+    lists.of = {"openai": ["gpt-5"]}
+    known = catalogue(lists, on_look=lambda name, listed: looks.append((name, listed)))
+    await known.refresh()
+    assert sorted(looks) == [("ollama", False), ("openai", True)]
+    looks.clear()
+    lists.of["ollama"] = ["llama3"]
+    await known.look_now(["ollama", "gone"])
+    assert looks == [("ollama", True)]
+    assert [model.id for model in known.models(())] == ["fast", "gpt-5", "llama3"]
+
+
+# --- other routes -------------------------------------------------------------------------------------------------
+
+
+async def test_other_routes_keep_what_was_learned_of_providers_that_stay() -> None:
+    lists = Lists()
+    lists.of = {"openai": ["gpt-5"], "ollama": ["llama3"]}
+    known = catalogue(lists)
+    await known.refresh()
+    moved = replace(OPENAI, base_url="https://elsewhere.example/v1")
+    off = replace(OLLAMA, enabled=False)  # as a file that says nothing of it is read
+    known.follow(Routes({"openai": moved, "ollama": off}))
+    assert known.reachable == {"ollama": True}
+    assert known.resolve("llama3", None, ())[0][0].provider.enabled
+    assert [model.id for model in known.models(())] == ["llama3"], "nobody asked the new address yet"
+    known.follow(Routes({"ollama": replace(off, base_url="http://other.example")}))
+    assert known.reachable == {}
+    with pytest.raises(ModelNotFound):
+        known.resolve("llama3", None, ())
+
+
+async def test_an_answer_that_comes_after_its_provider_moved_is_not_believed() -> None:
+    class Slow(Lists):
+        async def get(self, provider: Provider, path: str, timeout: float) -> bytes:
+            if provider is OPENAI:
+                known.follow(Routes({"openai": replace(OPENAI, base_url="https://elsewhere.example/v1")}))
+            return await super().get(provider, path, timeout)
+
+    lists = Slow()
+    lists.of = {"openai": ["gpt-5"]}
+    known = catalogue(lists, OPENAI)
+    await known.look_now(["openai"])
+    assert known.reachable == {}
+    assert known.models(()) == []

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
@@ -9,6 +10,7 @@ import aiohttp
 import asyncpg
 import pytest
 
+from tests.prove.drain import STREAMS, drain
 from tests.support.gateway import chat_body
 from tests.support.process import Served, new_key, serving
 
@@ -81,3 +83,14 @@ async def test_a_second_signal_ends_everything_at_once_but_not_in_silence(databa
                 assert await stopping == 0
                 assert monotonic() - started < 3
     assert await outcomes(database_url) == {"interrupted"}
+
+
+async def test_two_hundred_streams_that_end_within_the_drain_are_not_cut(
+    database_url: str, redis_url: str, figure: Callable[[str], None]
+) -> None:
+    found = await drain(database_url, redis_url, 3.0)
+    figure(str(found))
+    assert (found.whole, found.cut, found.rows) == (STREAMS, 0, {"ok": STREAMS})
+    assert found.status == 0
+    assert found.unready < 1 + 10 * found.glance
+    assert found.gone < 23  # the drain's time-out

@@ -125,6 +125,7 @@ ANSWERS = {
     "chunks": (CHUNKED + b"5\r\nhello\r\n1\r\n!\r\n0\r\n\r\n", b"hello!"),
     "chunks with extensions": (CHUNKED + b'5;a=1;b="x;y"\r\nhello\r\n0;last\r\n\r\n', b"hello"),
     "chunks with trailers": (CHUNKED + b"5\r\nhello\r\n0\r\nDigest: x\r\nX-Status: 500\r\n\r\n", b"hello"),
+    "a length among the trailers": (CHUNKED + b"5\r\nhello\r\n0\r\nContent-Length: 3\r\n\r\n", b"hello"),
     "sizes in both cases": (CHUNKED + b"a\r\n0123456789\r\nA\r\n0123456789\r\n0\r\n\r\n", b"0123456789" * 2),
     "a body like an answer": (
         OK + b"Content-Length: 39\r\n\r\n" + b"HTTP/1.1 500 X\r\nContent-Length: 1\r\n\r\n!\n",
@@ -171,6 +172,13 @@ def test_one_connection_carries_one_answer_after_the_other() -> None:
     for data, _ in [*ANSWERS.values()] * 2:
         assert line.hear(data).said[2:] == (True, None)
     assert line.free == 2 * len(ANSWERS)
+
+
+def test_a_length_may_stand_in_a_trailer_and_still_not_beside_chunks_in_the_next_head() -> None:
+    line = Line()
+    assert line.hear(ANSWERS["a length among the trailers"][0]).whole
+    assert line.free == 1
+    assert line.hear(OK + b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n").said[3] == "protocol"
 
 
 def test_all_that_was_in_a_read_is_one_piece() -> None:
@@ -265,7 +273,7 @@ BROKEN_CHUNKS = {
     "bare LF after the size": b"5\nhello\r\n0\r\n\r\n",
     "bare LF after the data": b"5\r\nhello\n0\r\n\r\n",
     "more than the size says": b"5\r\nhello!\r\n0\r\n\r\n",
-    "a length among the trailers": b"5\r\nhello\r\n0\r\nContent-Length: 3\r\n\r\nabc",
+    "two lengths among the trailers": b"5\r\nhello\r\n0\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc",
     "an extension without an end": b"5;" + b"x" * (2 * MAX_HEAD),
     "trailers without an end": b"0\r\n" + b"X: 1\r\n" * 30_000,
 }

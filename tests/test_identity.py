@@ -6,10 +6,11 @@ from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from gateway.appkeys import KEYS
+from gateway.appkeys import KEYS, SETTINGS
 from gateway.exchange import Principal
-from gateway.identity import MAX_CREDENTIAL, find_key, identify, tenant
+from gateway.identity import MAX_CREDENTIAL, client_address, find_key, identify, tenant
 from gateway.protocol.errors import GatewayError, InvalidRequest, RateLimited, Unauthenticated, Unavailable
+from gateway.settings import Settings
 from gateway.stores.attempts import Attempts
 from gateway.stores.keys import KeyStore
 from gateway.stores.tokens import join_token
@@ -18,7 +19,6 @@ pytestmark = pytest.mark.unit
 
 KEY, OTHER = join_token("0" * 12, "1" * 43), join_token("0" * 12, "2" * 43)
 PRINCIPAL = Principal("0" * 12, "aig_" + "0" * 12, "laptop", "account", "member")
-TRUSTED = replace(PRINCIPAL, key_name="server")
 
 
 def headers(*pairs: tuple[str, str]) -> CIMultiDictProxy[str]:
@@ -118,11 +118,7 @@ class Keys:
 
     def __init__(self) -> None:
         self.failures = Attempts(20)
-        self.trusts_other = False
         self.error: GatewayError = Unauthenticated("incorrect API key provided")
-
-    def known(self, token: str) -> Principal | None:
-        return TRUSTED if token == OTHER and self.trusts_other else None
 
     async def verify(self, token: str) -> Principal:
         if token != KEY:
@@ -135,20 +131,16 @@ def keys() -> Keys:
     return Keys()
 
 
-def asking(keys: Keys, *pairs: tuple[str, str], address: str = "10.0.0.1") -> web.Request:
+def asking(keys: Keys, *pairs: tuple[str, str], address: str = "10.0.0.1", proxies: int = 0) -> web.Request:
     app = web.Application()
     app[KEYS] = cast(KeyStore, keys)
+    app[SETTINGS] = Settings(gateway_trusted_proxies=proxies)
     return make_mocked_request("GET", "/v1/models", CIMultiDict(pairs), app=app).clone(remote=address)
 
 
 async def test_a_good_key_names_its_principal(keys: Keys) -> None:
     request = asking(keys, ("X-API-Key", KEY), ("Authorization", "Bearer sk-proj-1"))
     assert await identify(request) == (PRINCIPAL, "sk-proj-1")
-
-
-async def test_a_key_that_is_trusted_is_not_checked_again(keys: Keys) -> None:
-    keys.trusts_other = True
-    assert await identify(asking(keys, ("Authorization", f"Bearer {OTHER}"))) == (TRUSTED, None)
 
 
 def test_a_member_is_a_tenant_and_an_admin_is_none() -> None:
@@ -182,3 +174,51 @@ async def test_a_missing_key_and_an_outage_are_no_failures(keys: Keys) -> None:
             await identify(asking(keys, ("X-API-Key", OTHER)))
         with pytest.raises(Unauthenticated):
             await identify(asking(keys))
+
+
+# --- where it comes from ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("proxies", "told", "address"),
+    [
+        (0, ["203.0.113.9"], "10.0.0.1"),
+        (1, [], "10.0.0.1"),
+        (1, ["203.0.113.9"], "203.0.113.9"),
+        (1, ["1.1.1.1, 203.0.113.9"], "203.0.113.9"),
+        (1, ["1.1.1.1", "203.0.113.9"], "203.0.113.9"),
+        (2, ["1.1.1.1, 203.0.113.9, 10.0.0.7"], "203.0.113.9"),
+        (2, ["203.0.113.9"], "10.0.0.1"),
+        (1, [" 203.0.113.9 "], "203.0.113.9"),
+        (1, ["203.0.113.9:4711"], "203.0.113.9"),
+        (1, ["2001:DB8::1"], "2001:db8::1"),
+        (1, ["[2001:db8::1]:443"], "2001:db8::1"),
+        (1, ["::ffff:203.0.113.9"], "203.0.113.9"),
+        (1, [""], "10.0.0.1"),
+        (1, ["unknown"], "10.0.0.1"),
+        (1, ["203.0.113.9,"], "10.0.0.1"),
+        (1, ["[2001:db8::1"], "2001:db8::1"),
+        (1, ["1.2.3.4.5"], "10.0.0.1"),
+        (1, ["x" * 4000], "10.0.0.1"),
+    ],
+)
+def test_the_clients_address_is_what_the_outermost_proxy_of_ours_saw(
+    keys: Keys, proxies: int, told: list[str], address: str
+) -> None:
+    request = asking(keys, *(("X-Forwarded-For", line) for line in told), proxies=proxies)
+    assert client_address(request) == address
+
+
+async def test_behind_a_proxy_wrong_keys_of_one_client_do_not_throttle_another_and_it_cannot_change_its_address(
+    keys: Keys,
+) -> None:
+    def wrong(told: str) -> web.Request:
+        return asking(keys, ("X-API-Key", OTHER), ("X-Forwarded-For", told), proxies=1)
+
+    for number in range(20):
+        with pytest.raises(Unauthenticated):
+            await identify(wrong(f"198.51.100.{number}, 203.0.113.9"))
+    with pytest.raises(RateLimited):
+        await identify(wrong("198.51.100.77, 203.0.113.9"))
+    with pytest.raises(Unauthenticated):
+        await identify(wrong("203.0.113.10"))

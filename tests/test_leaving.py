@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import os
+import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -11,6 +14,8 @@ import aiohttp
 import asyncpg
 import pytest
 
+from gateway.mock import Received
+from gateway.mock.stage import reset
 from tests.support.gateway import MODELS, Gateway, chat_body, running_gateway
 from tests.support.process import until
 from tests.support.standin import standing_in
@@ -37,22 +42,34 @@ class Caller:
         self._writer = writer
         self.received = b""
 
-    async def read_texts(self, count: int) -> None:
+    async def read_texts(self, count: int, seconds: float = 5) -> None:
         """Until so many chunks with text in them have come."""
         while self.received.replace(CONTENT + b'"', b"").count(CONTENT) < count:
-            await self._read_more()
+            await self._read_more(seconds)
 
     async def read_until(self, words: bytes) -> None:
         while words not in self.received:
             await self._read_more()
 
-    async def _read_more(self) -> None:
-        data = await asyncio.wait_for(self._reader.read(1 << 16), 5)
+    async def _read_more(self, seconds: float = 5) -> None:
+        data = await asyncio.wait_for(self._reader.read(1 << 16), seconds)
         assert data, f"the answer ended with {self.received[-200:]!r}"
         self.received += data
 
     def leave(self) -> None:
         self._writer.transport.abort()
+
+    def say_goodbye(self) -> None:
+        """A FIN, and nothing is taken any more."""
+        self._writer.close()
+
+    def reset(self) -> None:
+        reset(self._writer.transport)
+
+    def stop_reading(self) -> None:
+        """What its kernel takes all the same is its own affair, and little."""
+        self._writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self._writer.transport.pause_reading()  # type: ignore[attr-defined]
 
 
 @asynccontextmanager
@@ -250,6 +267,103 @@ async def test_a_client_that_leaves_while_it_gets_a_whole_answer_pays_the_provid
             [row] = await gateway.rows()
     assert (row["outcome"], row["status"], row["usage_source"]) == ("client_abort", 200, "provider")
     assert (row["prompt_tokens"], row["completion_tokens"]) == (9, 4)
+
+
+# --- what is left of them -----------------------------------------------------------------------------------------
+
+IDLE = len(MODELS)  # connections that may be open: on them the providers' lists of models are read now and then
+DOING = {  # what the provider does when its client goes
+    "before the headers": "headers_ms=60000",
+    "before the first token": "ttft_ms=60000",
+    "talking": "case=long&pace_ms=20",
+    "silent in the middle": "fault=stall",
+}
+
+
+@pytest.mark.parametrize("how", ["FIN", "RST"])
+async def test_a_provider_is_closed_when_its_client_goes_whatever_it_is_doing(
+    gateway: Gateway, figure: Callable[[str], None], how: str
+) -> None:
+    number, slowest = 0, 0.0
+    for model in MODELS.values():
+        for doing, script in DOING.items():
+            number += 1
+            async with calling(gateway, chat_body(f"{model}?{script}", stream=True)) as caller:
+                await provider_is_asked(gateway, number)
+                if doing in ("talking", "silent in the middle"):
+                    await caller.read_texts(3)
+                left = monotonic()
+                caller.say_goodbye() if how == "FIN" else caller.reset()
+                await provider_sees_it(gateway, 3)
+            gone = gateway.calls[-1].client_gone_at
+            assert gone is not None
+            slowest = max(slowest, gone - left)
+            await slot_is_free(gateway, 3)
+    figure(f"P4 client gone ({how}): upstream closed within {slowest * 1000:.0f} ms, in {number} of {number} cases")
+
+
+async def test_120_abandoned_streams_leave_no_call_no_descriptor_and_no_memory(
+    gateway: Gateway, figure: Callable[[str], None]
+) -> None:
+    gateway.api_key = await gateway.new_key()
+    await abandon(gateway, 12)  # what stays of the first is there for all
+    descriptors, memory = open_descriptors(), resident()
+    left = monotonic()
+    calls = await abandon(gateway, 120)
+    slowest = max(call.client_gone_at or 0 for call in calls) - left
+    more, grown = open_descriptors() - descriptors, (resident() - memory) / 2**20
+    open_calls = sum(not call.finished and call.client_gone_at is None for call in gateway.calls)
+    figure(
+        f"P15 120 abandoned streams: {open_calls} upstream calls left, all closed {slowest:.2f} s after the first began; "
+        f"{more:+d} descriptors, {grown:+.1f} MiB, with the provider and the clients in the same process"
+    )
+    assert open_calls == 0
+    assert gateway.mock.open_connections <= IDLE
+    assert more <= 20
+    assert grown <= 50
+    rows = await gateway.rows()
+    assert len(rows) == len(gateway.calls)
+    assert {row["outcome"] for row in rows} == {"client_abort"}
+
+
+async def abandon(gateway: Gateway, count: int) -> list[Received]:
+    """So many streams at once, whose clients go at every moment in turn; what the provider was asked."""
+    before = len(gateway.calls)
+    scripts = list(DOING.values())
+    async with AsyncExitStack() as callers:
+        for number in range(count):
+            model = list(MODELS.values())[number % 3]
+            body = chat_body(f"{model}?{scripts[number % 4]}", stream=True)
+            caller = await callers.enter_async_context(calling(gateway, body))
+            if number % 8 == 2:
+                caller.stop_reading()
+        await until(lambda: len(gateway.calls) == before + count, 20)
+    calls = gateway.calls[before:]
+    await until(lambda: all(call.client_gone_at is not None for call in calls), 20)
+    await until(lambda: gateway.mock.open_connections <= IDLE, 20)
+    return calls
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def resident() -> int:
+    """Bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+async def test_150_streams_at_once_run_at_once(gateway: Gateway, figure: Callable[[str], None]) -> None:
+    gateway.api_key = await gateway.new_key()
+    async with AsyncExitStack() as callers:
+        running = []
+        for model in [*MODELS.values()] * 50:
+            body = chat_body(f"{model}?tokens=100000&pace_ms=200", stream=True)
+            running.append(await callers.enter_async_context(calling(gateway, body)))
+        await asyncio.gather(*[caller.read_texts(2, seconds=20) for caller in running])
+        at_once = sum(call.phase == "stream" for call in gateway.calls)
+    assert at_once == 150
+    figure(f"P15 150 streams at once: all had a second token while {at_once} of them ran")
 
 
 # --- a key whose answers are read to their end --------------------------------------------------------------------

@@ -312,3 +312,91 @@ def test_a_client_that_left_is_counted_by_what_it_had_seen(first_byte: float, ph
 
 def test_escaping_leaves_plain_names_alone() -> None:
     assert escape("claude-sonnet-4-5@20250929") == "claude-sonnet-4-5@20250929"
+
+
+# --- several workers ----------------------------------------------------------------------------------------------
+
+
+def joined(*parts: Metrics, providers: Iterable[str] = ()) -> Metrics:
+    total = Metrics(providers=providers)
+    for part in parts:
+        total.join(part.snapshot())
+    return total
+
+
+def series_of(metrics: Metrics) -> set[tuple[object, ...]]:
+    return {(sample.name, *sample.labels.items()) for sample in samples(metrics)}
+
+
+def test_what_two_workers_counted_is_added_up() -> None:
+    one, other = (metrics_that_know(["gpt-4o"], ["openai"]) for _ in range(2))
+    for metrics, times in ((one, 2), (other, 3)):
+        for _ in range(times):
+            metrics.exchange_ended(exchange(), Usage(10, 20), "provider")
+    total = joined(one, other, providers=["openai"])
+    assert value(total, "gateway_requests_total", model="gpt-4o", provider="openai", status="200") == 5
+    assert value(total, "gateway_tokens_total", model="gpt-4o", provider="openai", kind="prompt") == 50
+    assert value(total, "gateway_request_duration_ms_count", provider="openai") == 5
+    assert value(total, "gateway_request_duration_ms_sum", provider="openai") == pytest.approx(5 * 3500)
+    assert value(total, "gateway_request_duration_ms_bucket", provider="openai", le="2560.0") == 0
+    assert value(total, "gateway_request_duration_ms_bucket", provider="openai", le="5120.0") == 5
+
+
+def test_gauges_are_added_up_where_that_means_something_and_the_largest_elsewhere() -> None:
+    one, other = Metrics(), Metrics()
+    one.streams_open.set(4)
+    other.streams_open.set(3)
+    one.usage_lag_seconds.follow(lambda: 2.5)
+    other.usage_lag_seconds.follow(lambda: 9.5)
+    other.limiter_local.set(1)
+    other.config_ok.set(0)
+    total = joined(one, other)
+    assert value(total, "gateway_streams_open") == 7
+    assert value(total, "gateway_usage_lag_seconds") == 9.5
+    assert value(total, "gateway_limiter_local") == 1
+    assert value(total, "gateway_config_ok") == 0
+    builds = [sample.value for sample in samples(total) if sample.name == "gateway_build_info"]
+    assert builds == [1]
+    (memory,) = [sample.value for sample in samples(total) if sample.name == "process_resident_memory_bytes"]
+    (alone,) = [sample.value for sample in samples(one) if sample.name == "process_resident_memory_bytes"]
+    assert 1.5 * alone < memory < 2.5 * alone
+
+
+def test_a_sum_has_the_same_series_as_each_of_its_parts() -> None:
+    """Also those that are zero, and those that no other worker has."""
+    one, other = (metrics_that_know(HOSTILE_NAMES, ["openai"]) for _ in range(2))
+    for name in HOSTILE_NAMES:
+        one.requests.labels(name, "openai", "200").inc()
+    other.requests.labels("gpt-4o", "openai", "429").inc()
+    found = series_of(joined(one, other, providers=["openai"]))
+    assert series_of(one) | series_of(other) == found
+
+
+def test_a_sum_keeps_to_the_caps_and_names_no_series_twice() -> None:
+    parts = [Metrics() for _ in range(3)]
+    for number, part in enumerate(parts):
+        for model in range(MAX_SERIES // 2 + 1000 * (number == 2)):  # the last is beyond the cap by itself
+            part.requests.labels(f"model-{number}-{model}", "openai", "200").inc()
+        for provider in range(MAX_HISTOGRAMS):
+            part.request_duration_ms.labels(f"provider-{number}-{provider}").observe(1)
+    total = joined(*parts)
+    found = [(s.name, *s.labels.items()) for s in samples(total)]
+    assert len(found) == len(set(found))
+    of_requests = [s.value for s in samples(total) if s.name == "gateway_requests_total"]
+    assert len(of_requests) == MAX_SERIES + 1
+    assert sum(of_requests) == 3 * (MAX_SERIES // 2) + 1000
+    counts = [s.value for s in samples(total) if s.name == "gateway_request_duration_ms_count"]
+    assert (len(counts), sum(counts)) == (MAX_HISTOGRAMS + 1, 3 * MAX_HISTOGRAMS)
+
+
+def test_what_a_worker_of_another_version_has_and_we_have_not_is_left_out() -> None:
+    total = Metrics(providers=["openai"])
+    theirs = Metrics(providers=["openai"]).snapshot()
+    theirs.counts["gateway_requests_total"] = {("a label too few",): [7]}
+    theirs.counts["gateway_request_duration_ms"] = {("openai",): [1, 2, 3]}
+    theirs.counts["gateway_forgotten_total"] = {(): [7]}
+    theirs.counts["gateway_budget_cuts_total"] = {(): [7]}
+    total.join(theirs)
+    assert [s for s in samples(total) if s.name == "gateway_requests_total"] == []
+    assert value(total, "gateway_request_duration_ms_count", provider="openai") == 0
+    assert value(total, "gateway_budget_cuts_total") == 7

@@ -414,6 +414,19 @@ async def test_limits_are_told_in_the_headers_of_every_answer(gateway: Gateway) 
                 assert response.headers["x-ratelimit-reset-requests"].endswith("s")
 
 
+async def test_a_key_that_its_bucket_refused_is_told_how_much_it_holds_and_when_it_is_full(gateway: Gateway) -> None:
+    key = await gateway.new_key(requests_per_second=0.1, burst=2)
+    async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {key}"}) as client:
+        for status in (200, 200, 429):
+            async with client.post(
+                f"{gateway.base_url}/chat/completions", json=chat_body(MODELS["openai"])
+            ) as response:
+                assert response.status == status
+        assert response.headers["x-ratelimit-limit-requests"] == "2"
+        assert response.headers["x-ratelimit-remaining-requests"] == "0"
+        assert 10 < float(response.headers["x-ratelimit-reset-requests"].rstrip("s")) <= 20
+
+
 async def test_the_global_limit_counts_all_keys(database_url: str, redis_url: str) -> None:
     async with running_gateway(database_url, redis_url, {"GATEWAY_GLOBAL_REQUESTS_PER_MINUTE": "5"}) as gateway:
         statuses = []

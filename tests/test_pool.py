@@ -127,24 +127,139 @@ async def test_addresses_are_asked_for_once_and_kept_for_a_minute(monkeypatch: p
         assert asked == 2
 
 
-def test_addresses_that_are_known_are_used_while_they_cannot_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "FRESH", 0)
+Resolve = Callable[[str], Coroutine[Any, Any, list[str]]]
 
-    async def down(*arguments: Any, **more: Any) -> Any:
-        raise socket.gaierror(socket.EAI_AGAIN, "the resolver is down")
+
+def resolving(monkeypatch: pytest.MonkeyPatch, resolve: Resolve) -> None:
+    """Names are what `resolve` says, on asyncio's own loop: uvloop's methods cannot be replaced."""
+
+    async def getaddrinfo(host: str, port: int, **more: Any) -> list[Any]:
+        families = {False: socket.AF_INET, True: socket.AF_INET6}
+        found = await resolve(host)
+        return [
+            (
+                families[":" in text],
+                socket.SOCK_STREAM,
+                socket.IPPROTO_TCP,
+                "",
+                (text, port, 0, 0)[: 4 if ":" in text else 2],
+            )
+            for text in found
+        ]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+
+
+async def down(host: str) -> list[str]:
+    raise socket.gaierror(socket.EAI_AGAIN, "the resolver is down")
+
+
+async def silent(host: str) -> list[str]:
+    await asyncio.sleep(60)
+    raise AssertionError("nobody waits for that")
+
+
+@pytest.mark.parametrize("resolver", [down, silent])
+def test_addresses_that_are_known_are_used_while_they_cannot_be_asked_for(
+    monkeypatch: pytest.MonkeyPatch, resolver: Resolve
+) -> None:
+    monkeypatch.setattr(pool, "FRESH", 0)
+    monkeypatch.setattr(pool, "PATIENCE", 0.05)
 
     async def scenario() -> None:
-        async with provider([HELLO]) as far, client() as upstream:
+        async with provider([HELLO]) as far, client(GATEWAY_CONNECT_TIMEOUT="1") as upstream:
             await exchange(upstream, far.address)
-            monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", down)
+            resolving(monkeypatch, resolver)
             await asyncio.gather(*[exchange(upstream, far.address) for _ in range(2)])
             assert far.accepted == 2
             monkeypatch.setattr(pool, "STALE", 0)
             with pytest.raises(UpstreamError) as raised:
                 await asyncio.gather(*[exchange(upstream, far.address) for _ in range(3)])
-            assert raised.value.kind == "dns"
+            assert raised.value.kind == ("dns" if resolver is down else "timeout_connect")
 
-    on_asyncio(scenario())  # uvloop's methods cannot be replaced
+    on_asyncio(scenario())
+
+
+def test_a_name_is_asked_for_again_when_nobody_answers_at_its_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [["127.0.0.2"], ["127.0.0.1"]]
+
+    async def moved(host: str) -> list[str]:
+        return answers.pop(0)
+
+    async def scenario() -> None:
+        async with provider([HELLO]) as far, client() as upstream:
+            resolving(monkeypatch, moved)
+            with pytest.raises(UpstreamError):
+                await exchange(upstream, far.address)
+            assert await exchange(upstream, far.address) == b"hello"
+
+    on_asyncio(scenario())
+
+
+# --- addresses that are never connected to ------------------------------------------------------------------------
+
+METADATA = (
+    "169.254.169.254",
+    "169.254.170.2",
+    "169.254.0.1",
+    "fd00:ec2::254",
+    "fd00:ec2::23",
+    "fe80::1",
+    "fe80::1%1",
+    "::ffff:169.254.169.254",
+    "64:ff9b::a9fe:a9fe",
+    "fd20:ce::254",
+    "100.100.100.200",
+)
+
+
+@pytest.mark.parametrize("given", METADATA)
+def test_where_clouds_keep_credentials_nobody_is_connected_to_by_whatever_name(
+    monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    async def never(addresses: Any, **more: Any) -> socket.socket:
+        raise AssertionError(f"connects to {addresses}")
+
+    async def hide(host: str) -> list[str]:
+        return [given]
+
+    async def scenario() -> None:
+        resolving(monkeypatch, hide)
+        monkeypatch.setattr("gateway.pool.aiohappyeyeballs.start_connection", never)
+        literal = f"[{given.partition('%')[0]}]" if ":" in given else given
+        async with client() as upstream:
+            for host in ("innocent.example", literal):
+                with pytest.raises(UpstreamError) as raised:
+                    await exchange(upstream, f"http://{host}/v1")
+                error = raised.value
+                assert (error.kind, error.message) == ("connect", "acme is at an address that is never connected to")
+
+    on_asyncio(scenario())
+
+
+@pytest.mark.parametrize("given", ["127.0.0.1", "::1", "10.0.0.8", "192.168.1.2", "fd12::1", "100.64.0.1", "1.1.1.1"])
+def test_machines_of_ones_own_may_be_providers(given: str) -> None:
+    assert not pool._is_forbidden(given)
+
+
+def test_a_name_with_a_good_address_beside_a_forbidden_one_is_reached_at_the_good_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def both(host: str) -> list[str]:
+        return ["169.254.169.254", "127.0.0.1"]
+
+    async def scenario() -> None:
+        resolving(monkeypatch, both)
+        async with provider([HELLO]) as far, client() as upstream:
+            assert await exchange(upstream, far.address) == b"hello"
+
+    on_asyncio(scenario())
+
+
+async def test_a_proxy_is_not_asked_for_an_address_that_is_never_connected_to() -> None:
+    async with client(GATEWAY_PROXY=f"http://127.0.0.1:{await free_port()}") as upstream:
+        with pytest.raises(UpstreamError, match="never connected to"):
+            await ask(upstream, "https://169.254.169.254/v1")
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])

@@ -131,11 +131,15 @@ async def assert_it_stops(process: asyncio.subprocess.Process) -> None:
     assert b"Traceback" not in err
 
 
-async def test_sigterm_ends_a_start_that_waits_for_the_database(database_url: str, redis_url: str) -> None:
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_sigterm_ends_a_start_that_waits_for_the_database(
+    database_url: str, redis_url: str, workers: str
+) -> None:
     holder = await asyncpg.connect(database_url)
     try:
         await holder.execute("select pg_advisory_lock($1)", migrations._LOCK)
-        async with starting({"DATABASE_URL": database_url, "REDIS_URL": redis_url}) as process:
+        environ = {"DATABASE_URL": database_url, "REDIS_URL": redis_url, "GATEWAY_WORKERS": workers}
+        async with starting(environ) as process:
 
             async def waits() -> bool:
                 query = "select count(*) from pg_stat_activity where query like '%pg_try_advisory_lock%' and pid <> $1"
@@ -147,8 +151,9 @@ async def test_sigterm_ends_a_start_that_waits_for_the_database(database_url: st
         await holder.close()
 
 
-async def test_sigterm_ends_a_start_on_a_new_data_folder_and_leaves_no_server(tmp_path: Path) -> None:
-    async with starting({"GATEWAY_DATA_DIR": str(tmp_path)}) as process:
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_sigterm_ends_a_start_on_a_new_data_folder_and_leaves_no_server(tmp_path: Path, workers: str) -> None:
+    async with starting({"GATEWAY_DATA_DIR": str(tmp_path), "GATEWAY_WORKERS": workers}) as process:
 
         async def makes_a_database() -> bool:
             return (tmp_path / "initdb.log").exists()

@@ -246,6 +246,7 @@ async def test_a_refusal_is_an_openai_error_object_with_the_right_status(
     gateway: Gateway, client: aiohttp.ClientSession, dialect: str, stream: bool
 ) -> None:
     for status, expected in STATUSES.items():
+        gateway.forget_faults()
         model = f"{MODELS[dialect]}?status={status}" + ("&retry_after=7" if status in (429, 503) else "")
         async with client.post(url(gateway), json=chat_body(model, stream=stream)) as response:
             assert response.status == expected, (status, await response.text())
@@ -364,7 +365,9 @@ async def test_a_body_that_breaks_http_ends_the_stream_at_once(database_url: str
             assert row["outcome"] == "upstream_error"
 
 
-async def test_a_connection_that_never_opens_is_a_504_without_a_row(database_url: str, redis_url: str) -> None:
+async def test_a_connection_that_never_opens_is_a_504_without_a_row(
+    database_url: str, redis_url: str, figure: Callable[[str], None]
+) -> None:
     with socket.socket() as listener:  # its queue is full, so that one more connection waits
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -379,9 +382,16 @@ async def test_a_connection_that_never_opens_is_a_504_without_a_row(database_url
             aiohttp.ClientSession(headers=gateway.headers) as client,
         ):
             for stream in (True, False):
+                gateway.forget_faults()
+                began = monotonic()
                 async with client.post(url(gateway), json=chat_body("gpt-4o", stream=stream)) as response:
+                    took = monotonic() - began
                     assert response.status == 504
                     assert "connected" in (await response.json())["error"]["message"]
+                    attempts = response.headers["X-Gateway-Attempts"].count("openai=timeout_connect")
+                figure(f"P2 no connection: {attempts} attempts of 1 s ended after {took:.1f} s, at most 8")
+                assert attempts == 3
+                assert took < 3 * 1 + 5
             assert await gateway.rows() == []
         for one in fill:
             one.close()
@@ -718,6 +728,7 @@ async def test_every_response_says_which_request_it_answers_and_who_answered(
         assert response.headers["X-Client-Request-Id"] == "mine-1"
         assert response.headers["X-Gateway-Provider"] == "ollama"
         assert response.headers["X-Gateway-Model"] == "mock-llama"
+        assert response.headers["X-Gateway-Attempts"] == "ollama=ok"
         assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
         request_id = response.headers["X-Request-Id"]
     [row] = await gateway.rows()

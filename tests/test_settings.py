@@ -1,13 +1,9 @@
 """Settings: what is taken, what stops the start, and that the README says the same."""
 
-import re
 from pathlib import Path
 
 import pytest
 
-from gateway.config import load_config
-from gateway.protocol.pricing import cost_micros
-from gateway.protocol.usage import Usage
 from gateway.settings import (
     SECRETS,
     Settings,
@@ -169,108 +165,3 @@ def test_what_make_up_writes_for_scripts_may_be_in_the_environment() -> None:
 def test_secrets_are_settings_and_no_secret_has_a_default() -> None:
     assert set(Settings.__struct_fields__) >= SECRETS
     assert all(getattr(Settings(), name) == "" for name in SECRETS)
-
-
-# --- providers ----------------------------------------------------------------------------------------------------
-
-
-def test_a_provider_is_on_when_it_has_a_key_or_an_address_of_its_own() -> None:
-    def enabled(**environ: str) -> set[str]:
-        routes = load_config(load_settings(environ), environ).routes
-        return {name for name, provider in routes.providers.items() if provider.enabled}
-
-    assert enabled() == set()
-    assert enabled(OPENAI_API_KEY="k") == {"openai"}
-    assert enabled(ANTHROPIC_BASE_URL="http://127.0.0.1:1") == {"anthropic"}
-    assert enabled(OLLAMA_BASE_URL="http://127.0.0.1:1") == {"ollama"}
-
-
-@pytest.mark.parametrize(
-    ("name", "given", "expected"),
-    [
-        ("openai", "http://h:1/v1", "http://h:1/v1"),
-        ("openai", "http://h:1/v1/", "http://h:1/v1"),
-        ("openai", "http://h:1", "http://h:1/v1"),
-        ("openai", "http://h:1/openai/v3", "http://h:1/openai/v3"),
-        ("anthropic", "http://h:1", "http://h:1"),
-        ("anthropic", "http://h:1/v1", "http://h:1"),
-        ("ollama", "http://h:1/", "http://h:1"),
-        ("ollama", "http://h:1/v1", "http://h:1"),
-    ],
-)
-def test_addresses_are_taken_as_people_write_them(name: str, given: str, expected: str) -> None:
-    environ = {f"{name.upper()}_BASE_URL": given}
-    assert load_config(load_settings(environ), environ).routes.providers[name].base_url == expected
-
-
-@pytest.mark.parametrize("address", ["ftp://h", "h:1", "http://", "http://user:pw@h", "http://h/?x=1", "http://h/ v1"])
-def test_an_address_that_is_none_stops_the_start(address: str) -> None:
-    environ = {"OPENAI_BASE_URL": address}
-    with pytest.raises(SettingsError, match="OPENAI_BASE_URL"):
-        load_config(load_settings(environ), environ)
-
-
-def test_ollama_is_looked_for_where_the_setting_says_unless_the_operator_gave_its_address(tmp_path: Path) -> None:
-    def ollama(**environ: str) -> tuple[str, bool]:
-        provider = load_config(load_settings(environ), environ).routes.providers["ollama"]
-        return provider.base_url, provider.enabled
-
-    probe = {"GATEWAY_OLLAMA_PROBE": "http://elsewhere:11434/"}
-    assert ollama() == ("http://localhost:11434", False)
-    assert ollama(**probe) == ("http://elsewhere:11434", False)
-    assert ollama(**probe, OLLAMA_BASE_URL="http://given:1") == ("http://given:1", True)
-    own = operators_file(tmp_path, '[providers.ollama]\ndialect = "ollama"\nbase_url = "http://own:1"\n')
-    assert ollama(**probe, **own) == ("http://own:1", False)
-
-
-def test_an_operators_file_that_is_no_text_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "gateway.toml"
-    path.write_bytes(b"\xff\xfe")
-    environ = {"GATEWAY_CONFIG": str(path)}
-    with pytest.raises(SettingsError, match=r"^GATEWAY_CONFIG: .*gateway\.toml is not UTF-8"):
-        load_config(load_settings(environ), environ)
-
-
-def operators_file(tmp_path: Path, text: str) -> dict[str, str]:
-    path = tmp_path / "gateway.toml"
-    path.write_text(text)
-    return {"GATEWAY_CONFIG": str(path)}
-
-
-def test_the_readmes_example_of_another_provider_works(tmp_path: Path) -> None:
-    example = "\n".join(re.findall(r"```toml\n(.*?)```", README.read_text(), re.DOTALL))
-    environ = {**operators_file(tmp_path, example), "GROQ_API_KEY": "gsk"}
-    routes = load_config(load_settings(environ), environ).routes
-    target = routes.resolve("fast")[0][0]
-    assert (target.provider.name, target.model, target.credential) == ("groq", "llama-3.3-70b-versatile", "gsk")
-    assert routes.resolve("llama-3.3-anything")[0][0].provider.name == "groq"
-    prices = load_config(load_settings(environ), environ).prices
-    own, local = prices.price("openai", "gpt-4o-2024-08-06"), prices.price("ollama", "llama3.2")
-    assert own is not None
-    assert local is not None
-    assert cost_micros(own, Usage(1_000_000, 0)) == 2_500_000
-    assert cost_micros(local, Usage(1_000_000, 1_000_000)) == 0
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("[providers.x]\nbase_url = 1\n", "base_url"),
-        ("[providers.x]\n", "base_url"),
-        ('[providers.x]\nbase_url = "http://h"\ndialekt = "openai"\n', "dialekt"),
-        ('[providers.x]\nbase_url = "nowhere"\n', "providers.x.base_url"),
-        ('[providers.x]\nbase_url = "http://h:99999"\n', "providers.x.base_url"),
-        ("[aliases]\nfast = 1\n", "aliases"),
-        ('[aliases]\nfast = "fast"\n', "aliases.fast"),
-        ("[providers\n", "line 1"),
-        ('[prices.openai]\n"gpt-4o" = { input = -1, output = 2 }\n', "prices.openai"),
-        ('[limits."/v1/nowhere"]\nrequests_per_second = 1\n', "/v1/chat/completions"),
-        ('[limits."/v1/chat/completions"]\nrequests_per_second = 0\n', "requests_per_second"),
-        ("[chains]\n", "chains"),
-    ],
-)
-def test_a_wrong_file_is_named_with_the_key(tmp_path: Path, text: str, words: str) -> None:
-    environ = operators_file(tmp_path, text)
-    with pytest.raises(SettingsError, match=words) as refused:
-        load_config(load_settings(environ), environ)
-    assert "gateway.toml" in str(refused.value) or "providers." in str(refused.value)

@@ -11,6 +11,7 @@ import aiohttp
 import orjson
 import pytest
 
+from gateway import appkeys
 from gateway.client import Client
 from gateway.exchange import Exchange
 from gateway.http1 import Connection as Http1
@@ -108,11 +109,13 @@ async def ask_all(gateway: Gateway, key: str, cut: str) -> list[bytes]:
 async def test_a_stream_that_is_followed_gives_the_bytes_of_one_that_is_read(
     database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch, cut: str, budget: bool
 ) -> None:
+    monkeypatch.setattr("gateway.breaker.WINDOW", -1.0)  # never open: many of the cases are broken streams
     monkeypatch.setattr("gateway.reserve.SLICE", 2)  # the first grant, in tokens: every stream asks for another
     async with replaying(database_url, redis_url) as gateway:
         key = await gateway.new_key(**({"tokens_per_day": 1_000_000_000} if budget else {}))
         direct = await ask_all(gateway, key, cut)
         after_direct = [tuple(row.items()) for row in await gateway.rows()]
+        gateway.app[appkeys.BALANCER].forget()  # some cases end with a provider that asks for patience
         monkeypatch.setattr(Stream, "_follow", read_simply)
         simple = await ask_all(gateway, key, cut)
         rows = await gateway.rows()
@@ -306,7 +309,7 @@ async def test_readers_that_stop_cost_at_most_8_mib_each_and_their_providers_wai
                 sent = endless.sent
                 await asyncio.sleep(0.5)
             each = (served.rss_mb() - before) / READERS
-            figure(f"a reader that stops: {each:.2f} MiB in the gateway, {sent / READERS / 2**20:.1f} MiB were sent")
+            figure(f"P5 a reader that stops: {each:.2f} MiB in the gateway, {sent / READERS / 2**20:.1f} MiB were sent")
             assert each <= 8
             await until(lambda: endless.closed == READERS, seconds=15)  # they are dropped, and so are their providers
             for writer in writers:

@@ -34,6 +34,17 @@ pytestmark = pytest.mark.mock
 # --- what is sent
 
 
+async def test_a_providers_query_stands_in_every_address() -> None:
+    async with provider([HELLO], [HELLO]) as far, client() as upstream:
+        row = Provider("acme", "openai", far.address, "k", auth="api-key", query="api-version=2024-10-21&x=%20")
+        answer = await upstream.post(Target(row, "m", "k"), UpstreamRequest("/chat", b"{}"), {}, lambda: None)
+        assert await answer.body(10) == b"hello"
+        assert await upstream.get(row, "/models", 5) == b"hello"
+    lines = [request.partition(b" HTTP/1.1")[0] for request in far.requests]
+    assert lines == [b"POST /v1/chat?api-version=2024-10-21&x=%20", b"GET /v1/models?api-version=2024-10-21&x=%20"]
+    assert all(b"\r\napi-key: k\r\n" in request for request in far.requests)
+
+
 async def test_a_request_has_these_headers_and_no_others() -> None:
     async with provider([HELLO]) as far, client() as upstream:
         headers = {"X-Org": "o", "Content-Type": "text/x", "Connection": "close", "transfer-encoding": "gzip"}

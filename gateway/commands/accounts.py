@@ -13,6 +13,8 @@ from gateway.settings import Settings
 from gateway.stores.key_limits import BUDGET_NAMES, RANGES, BudgetLimits, KeyLimits, budget_limits, parse_limit, shown
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from gateway.stores.accounts import Account
     from gateway.stores.key_rows import Key, KeyChanges
 
@@ -101,6 +103,7 @@ def describe_keys(parser: argparse.ArgumentParser) -> None:
     create.add_argument("email", help="the account that owns it")
     create.add_argument("name", help="what it is for")
     _add_key_limits(create)
+    _add_expiry(create)
     add_json(create)
     create.set_defaults(run=_keys_create)
     change = actions.add_parser(
@@ -109,6 +112,7 @@ def describe_keys(parser: argparse.ArgumentParser) -> None:
     change.add_argument("id", help="the id, or the prefix aig_…")
     change.add_argument("--name", help="what it is for")
     _add_key_limits(change)
+    _add_expiry(change)
     add_json(change)
     change.set_defaults(run=_keys_change)
     revoke = actions.add_parser("revoke", help="revoke a key", description="Revoke a key by its id, in all processes.")
@@ -133,7 +137,7 @@ def _keys_create(arguments: argparse.Namespace, settings: Settings) -> int:
 
     async def work(stores: Stores) -> Rows:
         owner = await stores.accounts.find(arguments.email)
-        made = await stores.keys.create(owner.id, arguments.name, **limits)
+        made = await stores.keys.create(owner.id, arguments.name, getattr(arguments, "expires_at", None), **limits)
         return [{"api_key": made.token, "prefix": made.prefix, "id": made.id}]
 
     return print_rows(with_database(settings, work), arguments.json)
@@ -141,6 +145,8 @@ def _keys_create(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def _keys_change(arguments: argparse.Namespace, settings: Settings) -> int:
     changes = cast("KeyChanges", {**_given_key_limits(arguments), "name": arguments.name})
+    if "expires_at" in arguments:
+        changes["expires_at"] = arguments.expires_at
 
     async def work(stores: Stores) -> Rows:
         return [_key(await stores.keys.change(_key_id(arguments), None, changes), arguments.json)]
@@ -164,11 +170,14 @@ def _key_id(arguments: argparse.Namespace) -> str:
 
 def _key(key: "Key", whole: bool) -> dict[str, Any]:
     limits = shown(key.limits)
+    row: dict[str, Any]
     if not whole:
-        row = {"id": key.id, "name": key.name, "email": key.email, "limits": _summary(limits)}
+        until = f"until {key.expires_at:%Y-%m-%d %H:%M} UTC" if key.expires_at is not None else ""
+        summary = ", ".join(filter(None, [_summary(limits), until]))
+        row = {"id": key.id, "name": key.name, "email": key.email, "limits": summary}
     else:
         row = {"id": key.id, "prefix": key.prefix, "name": key.name, "account_id": key.account_id, "email": key.email}
-        row |= limits
+        row = {**row, **limits, "expires_at": key.expires_at}
     return {**row, "created_at": key.created_at, "revoked_at": key.revoked_at}
 
 
@@ -184,6 +193,25 @@ def _add_limits(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
 def _add_key_limits(parser: argparse.ArgumentParser) -> None:
     _add_limits(parser, RANGES)
     parser.add_argument("--model", action="append", metavar="PATTERN", help="allow only these (repeatable); '*': all")
+
+
+def _add_expiry(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--expires-at",
+        type=_expiry,
+        default=argparse.SUPPRESS,
+        metavar="WHEN",
+        help="when it is refused: 30d from now, 2027-01-01, 2027-01-01T12:00:00Z, or never",
+    )
+
+
+def _expiry(text: str) -> "datetime | None":
+    from gateway.stores.key_rows import parse_expiry
+
+    try:
+        return None if text == "never" else parse_expiry(text)
+    except InvalidRequest as error:
+        raise argparse.ArgumentTypeError(error.message) from None
 
 
 def _limit(name: str, text: str) -> int | float:

@@ -7,6 +7,7 @@ keys of an account may use together is for admins to say.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from gateway.appkeys import ACCOUNTS, KEYS, SETTINGS, root
 from gateway.body import leave_expectation, read_body
 from gateway.exchange import Principal
 from gateway.handlers import budgets
-from gateway.identity import find_key, identify, tenant
+from gateway.identity import client_address, find_key, identify, tenant
 from gateway.protocol.checks import MAX_MODEL
 from gateway.protocol.errors import (
     InvalidRequest,
@@ -39,7 +40,7 @@ from gateway.stores.key_limits import (
     parse_limit,
     shown,
 )
-from gateway.stores.key_rows import Key, KeyChanges
+from gateway.stores.key_rows import Key, KeyChanges, parse_expiry
 
 MAX_BODY = 16 << 10  # bytes; the largest list of models fits
 MAX_NAME = 100  # characters of a key's name
@@ -72,7 +73,7 @@ async def register(request: web.Request) -> web.Response:
     registration = root(request)[SETTINGS].gateway_registration
     accounts = root(request)[ACCOUNTS]
     account = await accounts.register(
-        fields["email"], fields["password"], registration=registration, address=request.remote or ""
+        fields["email"], fields["password"], registration=registration, address=client_address(request)
     )
     message = "Account created: the first one, so it is the admin." if account.role == "admin" else "Account created."
     return _answer({"user_id": account.id, "message": message}, status=201)
@@ -93,6 +94,7 @@ async def show_user(request: web.Request) -> web.Response:
 async def change_user(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
     if principal.role != "admin":
+        await root(request)[ACCOUNTS].get(request.match_info["id"], tenant(principal))  # a foreign one is 404
         raise PermissionDenied("only an admin limits accounts")
     fields = await _read_fields(request, dict.fromkeys(BUDGET_NAMES, _limit))
     announce = root(request)[KEYS].announce_account
@@ -119,12 +121,14 @@ async def create_key(request: web.Request) -> web.Response:
     account_id, grant = await _creator(request, fields.get("email"), fields.get("password"))
     limits: KeyLimits = {**_defaults(root(request)[SETTINGS]), **_limits(fields)}
     grant.check(limits)
-    key = await root(request)[KEYS].create(account_id, fields["key_name"], **limits)
+    expires_at = fields.get("expires_at")
+    key = await root(request)[KEYS].create(account_id, fields["key_name"], expires_at, **limits)
     body = {
         "api_key": key.token,
         "prefix": key.prefix,
         "id": key.id,
         **shown(complete(limits)),
+        "expires_at": expires_at,
         "message": "Keep this key now: it is not shown again.",
     }
     return _answer(body, status=201)
@@ -145,9 +149,9 @@ async def show_key(request: web.Request) -> web.Response:
 async def change_key(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
     fields = await _read_fields(request, _KEY_FIELDS)
-    limits = _limits(fields)
-    _grant_of(principal, root(request)[SETTINGS]).check(limits)
-    changes = cast(KeyChanges, {**limits, "name": fields.get("key_name")})
+    names = {"key_name": "name"}
+    changes = cast(KeyChanges, {names.get(name, name): value for name, value in fields.items()})
+    _grant_of(principal, root(request)[SETTINGS]).check(changes)
     key = await root(request)[KEYS].change(request.match_info["id"], tenant(principal), changes)
     return _answer({**_shown(key), "budgets": await budgets.of_key(request, key)})
 
@@ -180,6 +184,7 @@ def _shown(key: Key) -> dict[str, Any]:
         "email": key.email,
         **shown(key.limits),
         "created_at": key.created_at,
+        "expires_at": key.expires_at,
         "revoked_at": key.revoked_at,
     }
 
@@ -198,8 +203,9 @@ class Grant:
 
     most: Mapping[str, float] = field(default_factory=dict)  # of every limit that is a number, by its name
     allowed_models: Sequence[str] = ()
+    expires_at: datetime | None = None  # None: no key has to
 
-    def check(self, limits: KeyLimits) -> None:
+    def check(self, limits: KeyLimits | KeyChanges) -> None:
         """Raises PermissionDenied naming the first limit that goes beyond."""
         wanted: Mapping[str, Any] = {**limits, **_bucket(limits)}
         for name, most in self.most.items():
@@ -208,9 +214,13 @@ class Grant:
         models = limits.get("allowed_models")
         if models is not None and self.allowed_models and not _covers(self.allowed_models, models):
             raise PermissionDenied("a key can only grant models that it may use itself", param="allowed_models")
+        if self.expires_at is not None and "expires_at" in wanted:
+            expires_at = wanted["expires_at"]
+            if expires_at is None or expires_at > self.expires_at:
+                raise PermissionDenied("a key that expires grants no more time than it has", param="expires_at")
 
 
-def _bucket(limits: KeyLimits) -> KeyLimits:
+def _bucket(limits: KeyLimits | KeyChanges) -> KeyLimits:
     """What a rate that comes without a burst has for one."""
     rate = limits.get("requests_per_second")
     return {} if rate is None else {"burst": burst_of(rate, limits.get("burst", 0))}
@@ -236,7 +246,7 @@ async def _creator(request: web.Request, email: str | None, password: str | None
     if password is not None:
         if email is None:
             raise InvalidRequest("email is missing", param="email", code="missing_required_parameter")
-        account = await accounts.login(email, password, address=request.remote or "")
+        account = await accounts.login(email, password, address=client_address(request))
         return account.id, Grant() if account.role == "admin" else _default_grant(settings)
     if find_key(request.headers)[0] is None:
         raise Unauthenticated("send the account's email and password, or an admin's key in the headers")
@@ -262,7 +272,8 @@ def _grant_of(principal: Principal, settings: Settings) -> Grant:
         **cast(Mapping[str, int], budget_limits(principal.budget)),
     }
     default = _default_grant(settings).most
-    return Grant({name: _lower(default.get(name, 0), most) for name, most in own.items()}, principal.allowed_models)
+    most = {name: _lower(default.get(name, 0), most) for name, most in own.items()}
+    return Grant(most, principal.allowed_models, principal.expires_at)
 
 
 def _lower(one: float, other: float) -> float:
@@ -318,4 +329,13 @@ def _models(name: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-_KEY_FIELDS: Mapping[str, Check] = {"key_name": _name, "allowed_models": _models, **dict.fromkeys(RANGES, _limit)}
+def _expiry(name: str, value: Any) -> datetime | None:
+    return None if value is None else parse_expiry(_text(name, value))
+
+
+_KEY_FIELDS: Mapping[str, Check] = {
+    "key_name": _name,
+    "allowed_models": _models,
+    "expires_at": _expiry,
+    **dict.fromkeys(RANGES, _limit),
+}

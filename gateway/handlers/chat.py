@@ -1,9 +1,10 @@
-"""POST /v1/chat/completions: the target is chosen here, the rest is the relay's."""
+"""POST /v1/chat/completions: the route is found here, the rest is the relay's."""
 
 from aiohttp import web
 
-from gateway.appkeys import BALANCER, CATALOGUE, EXCHANGE, root
+from gateway.appkeys import CATALOGUE, EXCHANGE, root
 from gateway.body import leave_expectation
+from gateway.protocol.routing import Route
 from gateway.relay import relay
 
 
@@ -16,15 +17,13 @@ async def complete(request: web.Request) -> web.StreamResponse:
     chat, principal = exchange.chat, exchange.principal
     assert chat is not None
     assert principal is not None
-    catalogue = root(request)[CATALOGUE]
     exchange.model = chat.model
-    exchange.route = catalogue.resolve(chat.model, exchange.own_credential, principal.allowed_models)
-    exchange.target = root(request)[BALANCER].choose(exchange.route)
-    exchange.headers["X-Gateway-Provider"] = exchange.target.provider.name
-    exchange.headers["X-Gateway-Model"] = _header_safe(exchange.target.model)
+    route = root(request)[CATALOGUE].resolve(chat.model, exchange.own_credential, principal.allowed_models)
+    exchange.route = route if exchange.own_credential is None else _own(route)
     return await relay(request, exchange)
 
 
-def _header_safe(text: str) -> str:
-    """A model name may hold any printable character; a header only ASCII."""
-    return text.encode("ascii", "replace").decode()
+def _own(route: Route) -> Route:
+    """For whoever brings a credential: nobody else is asked, and billed, in its place."""
+    own = tuple(target for group in route for target in group if target.own_credential)
+    return (own,) if own else route

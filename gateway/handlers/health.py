@@ -7,8 +7,8 @@ import orjson
 from aiohttp import web
 
 from gateway import __version__
-from gateway.appkeys import CATALOGUE, LIMITER, METRICS, POOL, PULSE, RECORDER, SHIPPER, root
-from gateway.metrics import CONTENT_TYPE
+from gateway.appkeys import BALANCER, CATALOGUE, LIMITER, METRICS, POOL, PRESSURE, PULSE, RECORDER, SHIPPER, root
+from gateway.page import CONTENT_TYPE
 from gateway.protocol.errors import Unavailable
 from gateway.stores.postgres import HOT_ACQUIRE_TIMEOUT, HOT_COMMAND_TIMEOUT, Pool, connection
 
@@ -25,7 +25,9 @@ def routes() -> list[web.RouteDef]:
 
 
 async def live(request: web.Request) -> web.Response:
-    """200 as long as the process answers at all."""
+    """200 as long as the process answers at all, and in time."""
+    if root(request)[PRESSURE].stalled:
+        return web.json_response({"status": "stalled"}, status=503)
     return web.json_response({"status": "live"})
 
 
@@ -33,6 +35,8 @@ async def ready(request: web.Request) -> web.Response:
     """200 only when it can serve. Postgres or Redis gone is no reason to say no: known keys are served without them."""
     if root(request)[PULSE].draining:
         return web.json_response({"status": "draining"}, status=503)
+    if root(request)[PULSE].overloaded:
+        return web.json_response({"status": "overloaded"}, status=503)
     if root(request)[RECORDER].refusing:
         return web.json_response({"status": "usage_log_full"}, status=503)
     return web.json_response({"status": "ready"})
@@ -53,7 +57,11 @@ async def report(request: web.Request) -> web.Response:
         "usage_log_full": app[RECORDER].refusing,
         "open_exchanges": app[PULSE].open_exchanges,
         "providers": {
-            name: {"enabled": provider.enabled, "reachable": catalogue.reachable.get(name)}
+            name: {
+                "enabled": provider.enabled,
+                "reachable": catalogue.reachable.get(name),
+                **app[BALANCER].report(name, app[METRICS].known_models),
+            }
             for name, provider in catalogue.routes.providers.items()
         },
     }

@@ -72,6 +72,11 @@ def _is(kind: type_ | tuple[type_, ...], words: str) -> Callable[[str, Any], Non
     return check
 
 
+def _user(name: str, value: Any) -> None:
+    if not isinstance(value, str) or "\0" in value:
+        _refuse(name, "a string without NUL is required")
+
+
 def _stop(name: str, value: Any) -> None:
     if isinstance(value, str):
         return
@@ -145,7 +150,7 @@ _FIELDS: Mapping[str, Callable[[str, Any], None]] = {
     "logprobs": _is(bool, "a boolean"),
     "top_logprobs": _integer(0, 20),
     "logit_bias": _is(dict, "an object"),
-    "user": _is(str, "a string"),
+    "user": _user,
     "metadata": _is(dict, "an object"),
     "service_tier": _is(str, "a string"),
 }

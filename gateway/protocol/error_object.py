@@ -33,6 +33,12 @@ class ErrorObject(NamedTuple):
     def refuses_credential(self) -> bool:
         return bool({self.code.lower(), self.type.lower()} & _REFUSALS)
 
+    def without(self, credential: str | None) -> "ErrorObject":
+        """Without a word that holds the credential; whether the message does `quotes_key` says."""
+        if not credential:
+            return self
+        return self._replace(**{name: "" for name in ("type", "param", "code") if credential in getattr(self, name)})
+
     def quotes_key(self, credential: str | None) -> bool:
         """May the message hold a key, or part of one? "Incorrect API key provided: sk-…" does."""
         return bool(_KEY.search(self.message)) or bool(credential and credential in self.message)

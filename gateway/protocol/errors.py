@@ -85,6 +85,12 @@ class Unauthenticated(GatewayError):
     code = "invalid_api_key"
 
 
+class KeyEnded(Unauthenticated):
+    """The key was revoked, or has expired, while it was being answered."""
+
+    code = "key_ended"
+
+
 class PermissionDenied(GatewayError):
     status = 403
     type = "permission_error"
@@ -130,6 +136,20 @@ class PayloadTooLarge(GatewayError):
     status = 413
     type = "invalid_request_error"
     code = "request_too_large"
+
+
+class URITooLong(GatewayError):
+    status = 414
+    type = "invalid_request_error"
+    code = "uri_too_long"
+
+
+class HeadersTooLarge(GatewayError):
+    """One header is too long, or there are too many: RFC 6585 5."""
+
+    status = 431
+    type = "invalid_request_error"
+    code = "headers_too_large"
 
 
 class ExpectationFailed(GatewayError):
@@ -179,6 +199,18 @@ class ShuttingDown(Unavailable):
     code = "server_shutting_down"
 
 
+class Overloaded(Unavailable):
+    """Memory or connections are short."""
+
+    code = "overloaded"
+
+
+class UpstreamUnavailable(Unavailable):
+    """No provider of the model is asked at the moment, because they failed; `retry_after` is when one is again."""
+
+    code = "upstream_unavailable"
+
+
 # --- the provider's -----------------------------------------------------------------------------------------------
 
 
@@ -206,6 +238,13 @@ class UpstreamTimeout(UpstreamError):
     status = 504
     code = "upstream_timeout"
     kind = "timeout_headers"
+
+
+class UpstreamTooLong(UpstreamError):
+    """A stream that does not end."""
+
+    code = "upstream_too_long"
+    kind = "too_long"
 
 
 class UpstreamTruncated(UpstreamError):
@@ -284,6 +323,7 @@ UPSTREAM_ERROR_KINDS = (
     "timeout_headers",
     "timeout_idle",
     "timeout_total",
+    "too_long",
     "truncated",
     "bad_event",
     "bad_body",

@@ -196,6 +196,9 @@ _SPELLINGS = {"gemini": "google", "xai": "x-ai", "mistralai": "mistral"}
 # (`fallback_model_providers`, https://github.com/pydantic/genai-prices/blob/main/prices/providers/azure.yml).
 _SELLS = {"azure": ("openai", "anthropic", "deepseek", "x-ai")}
 
+# Who passes the maker's price on, of `maker/model` (https://openrouter.ai/docs/faq); a variant (`:free`) has its own.
+_PASSES_ON = ("openrouter",)
+
 # A dated name that is not listed itself is the model it is a release of: `gpt-4o-2024-08-06`, `claude-opus-5-20260401`,
 # `claude-haiku-4-5@20251001` (Vertex AI), `gemini-2.5-pro-preview-05-06`, `gemini-2.0-flash-001`.
 _DATED = re.compile(r"(-20\d\d-\d\d-\d\d|[-@]20\d{6}|-preview-\d\d-(\d\d|20\d\d)|-00\d)$")
@@ -205,7 +208,7 @@ T = TypeVar("T")
 
 
 class PriceTable:
-    """Prices by provider and model. Its one mutable part is what it remembers of look-ups."""
+    """Prices by provider and model. It remembers look-ups, and changes when the operator's file does: `follow`."""
 
     def __init__(self, shipped: _Shipped, own: Mapping[str, Names]) -> None:
         self.as_of = shipped.as_of
@@ -213,6 +216,11 @@ class PriceTable:
         self._shipped = shipped.prices
         self._own = own
         self._remembered = lru_cache(REMEMBERED)(self._find)
+
+    def follow(self, other: "PriceTable") -> None:
+        """From now on this table says what the other does."""
+        self.as_of, self.source = other.as_of, other.source
+        self._shipped, self._own, self._remembered = other._shipped, other._own, other._remembered
 
     def price(self, provider: str, model: str, at: datetime | None = None) -> Price | None:
         """What a provider asks for a model at a time (an aware one); None when no list says it.
@@ -280,8 +288,7 @@ def _lists(provider: str, name: str) -> Iterator[tuple[str, str]]:
     for other in _SELLS.get(vendor, ()):
         yield other, name
     maker, slash, rest = name.partition("/")
-    # OpenRouter passes the maker's price on (https://openrouter.ai/docs/faq), but a variant (`:free`) has its own.
-    if vendor == "openrouter" and slash and ":" not in rest:
+    if vendor in _PASSES_ON and slash and ":" not in rest:
         yield _SPELLINGS.get(maker, maker), rest
 
 

@@ -18,7 +18,18 @@ MIN_RETRY_AFTER = 1.0  # seconds; after a 429 with 0, or with none, a client wou
 HIDDEN = "the provider's message is hidden, because it may quote a credential"
 
 _CODES = {404: "model_not_found", 413: "request_too_large"}  # ours, for a provider that gives none
-_TOO_LONG = re.compile(r"prompt is too long|context (?:length|window)|exceed[^.]{0,40} context limit", re.IGNORECASE)
+_PARAMS = {"model_not_found": "model", "context_length_exceeded": "messages"}
+# Codes that say no more than the status does: Gemini's, Azure's, and types that stand in the code's place.
+_GENERAL = frozenset(
+    {"invalid_request_error", "INVALID_ARGUMENT", "NOT_FOUND", "DeploymentNotFound", "too_many_prompt_tokens"}
+)
+_TOO_LONG = re.compile(
+    r"prompt is too long|context (?:length|window)|exceed[^.]{0,40} context limit"
+    r"|exceeds the maximum number of tokens|total length of all messages is too long",
+    re.IGNORECASE,
+)
+# Gemini and xAI say so with a 400 (https://ai.google.dev/gemini-api/docs/troubleshooting).
+_BAD_KEY = re.compile(r"\b(?:incorrect|invalid) api key\b|\bapi key (?:not valid|expired)\b", re.IGNORECASE)
 
 # The status that would have come with an error, had it not come in an answer with 200
 # (https://platform.claude.com/docs/en/api/errors; OpenAI's types that have the same name mean the same).
@@ -37,9 +48,11 @@ _STATUSES = {
 
 def refusal(status: int, parsed: Any, target: Target, retry_after: float | None = None) -> UpstreamError:
     """The error of an answer with another status than 200. `parsed` is its JSON or its text; anything will do."""
-    said = read_error_object(parsed)
+    said = read_error_object(parsed).without(target.credential)
     if status in (401, 403) or (status < 500 and said.word == "invalid_api_key"):
         return _refused_credential(status, target)
+    if status == 400 and _BAD_KEY.search(said.message):
+        return _refused_credential(401, target)
     message = _message(said, target) or f"the provider answered {status}"
     if status == 429:
         quota = "insufficient_quota" if "insufficient_quota" in (said.code, said.type) else None
@@ -57,7 +70,7 @@ def refusal(status: int, parsed: Any, target: Target, retry_after: float | None 
 
 def reported(parsed: Any, target: Target) -> UpstreamError:
     """The error of an answer with status 200, in a stream or as its whole body."""
-    said = read_error_object(parsed)
+    said = read_error_object(parsed).without(target.credential)
     if said.refuses_credential:
         error = _refused_credential(401, target)
     elif said.type in _STATUSES:
@@ -72,10 +85,11 @@ def reported(parsed: Any, target: Target) -> UpstreamError:
 
 
 def _rejected(status: int, said: ErrorObject, message: str) -> UpstreamRejected:
-    code = said.word or _CODES.get(status)
-    param = said.param or ("model" if code == "model_not_found" else None)
-    if code is None and _TOO_LONG.search(message):
-        code, param = "context_length_exceeded", said.param or "messages"
+    code, param = said.word, said.param or None
+    if code is None or code in _GENERAL:
+        code = "context_length_exceeded" if _TOO_LONG.search(message) else _CODES.get(status, code)
+    if code in _PARAMS:
+        param = param or _PARAMS[code]
     kind = said.type or "invalid_request_error"
     return UpstreamRejected(message, status=status, type=kind, param=param, code=code or kind)
 

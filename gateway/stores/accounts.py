@@ -21,11 +21,10 @@ from gateway.protocol.errors import (
 )
 from gateway.stores.attempts import Attempts
 from gateway.stores.key_limits import BUDGET_NAMES, BudgetLimits
-from gateway.stores.passwords import PASSWORD_HASHER, HashingPool, check_password, decoy, matches
+from gateway.stores.passwords import PASSWORD_HASHER, HashingPool, check_new_password, decoy, matches, normal_password
 from gateway.stores.postgres import COMMAND_TIMEOUT, Pool, connection
 
 Role = Literal["admin", "member"]
-Registration = Literal["open", "closed"]
 
 MAX_EMAIL = 254  # characters, RFC 5321 4.5.3.1.3 without the brackets
 FAILURES_PER_MINUTE = 5  # of log-ins to one account: this is what stops guessing
@@ -58,18 +57,19 @@ class AccountStore:
         self._failures_from = Attempts(FAILURES_PER_ADDRESS)  # by address
         self._registrations_from = Attempts(REGISTRATIONS_PER_ADDRESS)  # by address
 
-    async def register(self, email: str, password: str, *, registration: Registration, address: str = "") -> Account:
+    async def register(self, email: str, password: str, *, registration: str, address: str = "") -> Account:
         """A new account. `address` is where its owner came from; an empty one is not limited.
 
-        Raises Conflict for a known email; PermissionDenied when closed, but for the first one; RateLimited after thirty
-        attempts from the address in a minute.
+        `registration` is GATEWAY_REGISTRATION. Raises PermissionDenied for who may not register, known or not; Conflict
+        for a known email, after the work of a new one; RateLimited after thirty attempts from the address in a minute.
         """
         email = normal_email(email)
-        check_password(password)
-        if registration == "closed" and await _any_account(self._pool):
+        check_new_password(password, email)
+        admitted = _admits(registration, email)
+        if not admitted and (registration != "closed" or await _any_account(self._pool)):
             raise _closed()  # before the hash: nobody makes us work for a no
-        phc = await self._hash(password, address)
-        return await _insert(self._pool, email, phc, registration)
+        phc = await self._hash(normal_password(password), address)
+        return await _insert(self._pool, email, phc, admitted)
 
     async def _hash(self, password: str, address: str) -> str:
         wait = self._registrations_from.wait(address)
@@ -91,7 +91,7 @@ class AccountStore:
         RateLimited after five failures of the account in a minute, or thirty from the address.
         """
         email = normal_email(email)
-        check_password(password)
+        password = normal_password(password)
         self._check_failures(email, address)
         found = await _read_by_email(self._pool, email)
         account, phc = found if found is not None else (None, self._decoy)
@@ -154,8 +154,16 @@ def normal_email(email: str) -> str:
     return normal
 
 
+def _admits(registration: str, email: str) -> bool:
+    """May this address register, whoever is there already? Whether it is its owner's nobody has proven."""
+    if registration in ("open", "closed"):
+        return registration == "open"
+    return email.rpartition("@")[2] in {domain.strip().lower() for domain in registration.split(",")}
+
+
 def _closed() -> GatewayError:
-    return PermissionDenied("registration is closed here: ask the admin for a key", code="registration_closed")
+    words = "registration is closed here, or to addresses like this one: ask the admin for a key"
+    return PermissionDenied(words, code="registration_closed")
 
 
 def _unknown(account_id: str) -> GatewayError:
@@ -187,11 +195,12 @@ returning id, email, role, created_at,
 """
 
 
-async def _insert(pool: Pool, email: str, phc: str, registration: Registration) -> Account:
+async def _insert(pool: Pool, email: str, phc: str, admitted: bool) -> Account:
+    """`admitted`: also when there are others."""
     try:
         async with connection(pool) as borrowed, borrowed.transaction():
             await borrowed.execute(_ONE_AT_A_TIME, timeout=COMMAND_TIMEOUT)
-            columns = new_id(), email, phc, registration == "open"
+            columns = new_id(), email, phc, admitted
             row = await borrowed.fetchrow(_INSERT, *columns, timeout=COMMAND_TIMEOUT)
     except asyncpg.UniqueViolationError:
         raise Conflict("this email is registered", param="email", code="email_taken") from None

@@ -61,12 +61,14 @@ class Budgets:
         nodes: int = 1,
         on_redis_down: OnRedisDown = "local",
         clock: Callable[[], float] = time.time,
+        on_local: Callable[[OnRedisDown], None] = lambda mode: None,
     ) -> None:
         self._script = script
         self._pool = pool
         self._flushed = flushed
         self._deployment = deployment
         self._on_redis_down = on_redis_down
+        self._on_local = on_local  # hears of every first decision without Redis, and of what made it; must not raise
         self._clock = clock  # seconds since the epoch
         self._shares = Shares(nodes)
         self._payers: dict[str, Payers] = {}  # by key id
@@ -295,15 +297,21 @@ class Budgets:
         """From this node's share of what was left when Redis was heard last."""
         first = not reservation.granted
         if first and self._on_redis_down == "closed":
+            self._on_local("closed")
             raise self._down()
         if self._on_redis_down == "open":
+            if first:
+                self._on_local("open")
             reservation.take_here(output)
             return
         now, payers, tariff = self._script.clock(), reservation.payers.all, reservation.tariff
         affordable = self._shares.affordable(payers, reservation.day, tariff, reservation.granted)
         granted = min(output, affordable or 0)
         if first and granted < 1:
+            self._on_local("closed")
             raise self._down()
+        if first:
+            self._on_local("local")
         if first and (slow := self._shares.too_fast(payers, tariff.tokens(1), now)):
             raise _too_fast(*slow)
         if granted > reservation.granted:

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from redis.asyncio import Redis
 
 from gateway.stores import records
+from gateway.stores.script_connection import kind_of
 from gateway.stores.usage import UsageRow
 
 log = logging.getLogger("gateway.stores.copy")
@@ -59,18 +60,27 @@ class UsageCopy:
     """One a process. `app.py` opens it, awaits `run` in a task of its own, and closes it after the shipper.
 
     `deployment` tells the database that the rows belong to from others whose gateways share this Redis; `process` is
-    the name of the journal's folder. `timeout` is the most that a request waits, seconds. `on_error` hears the class of
-    every error of Redis's; it must not raise. `redis` needs time-outs of its own: stores/script.py, `connect_redis`.
+    the name of the journal's folder. `timeout` is the most that a request waits, seconds. `on_error` hears the kind of
+    every error of Redis's; `gone` says that somebody else has seen it go, so that nobody waits to see it again. Neither
+    may raise. `redis` needs time-outs of its own: stores/script.py, `connect_redis`.
     """
 
     def __init__(
-        self, redis: Redis, process: str, *, deployment: str, on_error: Callable[[str], None], timeout: float = 0.1
+        self,
+        redis: Redis,
+        process: str,
+        *,
+        deployment: str,
+        on_error: Callable[[str], None],
+        timeout: float = 0.1,
+        gone: Callable[[], bool] = lambda: False,
     ) -> None:
         self._redis = redis
         self._process = process
         self._prefix = f"aig:usage:{deployment}:"
         self._timeout = timeout
         self._on_error = on_error
+        self._gone = gone
         self._heading = records.heading()
         self._kept: dict[str, bytes] = {}  # records by exchange id
         self._due: _Batch = {}  # where Redis may differ from that, oldest first
@@ -113,7 +123,7 @@ class UsageCopy:
     def _keep(self, request_id: str, record: bytes) -> asyncio.Future[None]:
         loop = asyncio.get_running_loop()
         told = loop.create_future()
-        if self._put(request_id, record, told) and not self._lost.is_set():
+        if self._put(request_id, record, told) and not (self._lost.is_set() or self._gone()):
             loop.call_later(self._timeout, _release, told)
         else:
             told.set_result(None)
@@ -229,14 +239,14 @@ class UsageCopy:
 
     def _lose(self, error: BaseException, batch: _Batch) -> None:
         """Those who wait go on now."""
-        self._on_error(type(error).__name__)
+        self._on_error(kind_of(error))
         self._lost.set()
         self._pause = FIRST_PAUSE
         self._dead_since.clear()
         _release_all(batch)
         _release_all(self._due)
         self._due.clear()
-        log.warning("Redis is gone (%s), usage has no second copy", type(error).__name__)
+        log.warning("Redis is gone (%s), usage has no second copy", kind_of(error))
 
     async def _probe(self) -> None:
         """Look for Redis on a new connection: an old one may lead to a server that is a replica now."""
@@ -244,7 +254,7 @@ class UsageCopy:
             await self._redis.connection_pool.disconnect(inuse_connections=False)
             await self._start_over()
         except Exception as error:  # as in a round trip; counted
-            self._on_error(type(error).__name__)
+            self._on_error(kind_of(error))
             self._pause = min(self._pause * 2, LONGEST_PAUSE)
         else:
             self._lost.clear()
@@ -300,7 +310,7 @@ class UsageCopy:
         try:
             return await self._execute(PATIENCE, *commands)
         except Exception as error:  # as in a round trip; counted
-            self._on_error(type(error).__name__)
+            self._on_error(kind_of(error))
             self._dead_since.clear()
             return None
 

@@ -79,6 +79,7 @@ class Journal:
         self._heading = records.heading()
         self._open: dict[str, float] = {}  # exchanges: when they began, seconds, monotonic
         self._reserved = self._set_reserve()
+        self._refused = False  # the last `begin` was
         self._quiet_until = 0.0  # seconds, monotonic
         self._written = 0  # records
         self._synced = 0  # records among them that are on disk, whatever happens
@@ -101,6 +102,7 @@ class Journal:
         except OSError as error:
             self.retire()  # so that it can be removed when it is shipped
             raise self._refusal(error) from error
+        self._refused = False
         self._open[row.request_id] = monotonic()
         try:
             self._sync_if_always()
@@ -134,6 +136,7 @@ class Journal:
             self.unwritten_voids.append(request_id)
 
     def _refusal(self, error: OSError) -> JournalFull:
+        self._refused = True
         self._say("the usage journal takes no more requests: %s", error.strerror or error)
         return JournalFull("usage cannot be recorded at the moment", retry_after=5)
 
@@ -141,12 +144,26 @@ class Journal:
 
     @property
     def full(self) -> bool:
-        """Whether `begin` would refuse."""
+        """Whether `begin` would refuse. After it did the disk is asked: whoever goes by this sends nothing to begin."""
         try:
             self._check_room(ROOM)
+            if self._refused:
+                self._try_disk()
         except OSError:
             return True
+        self._refused = False
         return False
+
+    def _try_disk(self) -> None:
+        """Raises OSError when it takes no record."""
+        path = self.folder / "trial"
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            if os.write(file, bytes(ROOM)) < ROOM:
+                raise OSError(errno.ENOSPC, "no space left on device")
+        finally:
+            os.close(file)
+            path.unlink(missing_ok=True)
 
     def _check_room(self, size: int) -> None:
         kept = ROOM * (len(self._open) + 1)

@@ -6,15 +6,16 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import NamedTuple, NoReturn
 
 import asyncpg
 
 from gateway.exchange import Budget, Principal
-from gateway.protocol.errors import NotFound, Unavailable
+from gateway.protocol.errors import InvalidRequest, NotFound, Unavailable
 from gateway.stores.key_limits import NO_LIMITS, KeyLimits, budget_limits, burst_of
 from gateway.stores.postgres import COMMAND_TIMEOUT, HOT_ACQUIRE_TIMEOUT, HOT_COMMAND_TIMEOUT, Pool, connection
+from gateway.stores.stats import bound_of
 from gateway.stores.tokens import prefix_of
 
 
@@ -30,6 +31,7 @@ class Key:
     limits: KeyLimits  # all of them
     account_budget: Budget  # of all keys of the account together
     created_at: datetime
+    expires_at: datetime | None  # None: never
     revoked_at: datetime | None
 
 
@@ -37,6 +39,20 @@ class KeyChanges(KeyLimits, total=False):
     """What to change; what is missing stays as it is."""
 
     name: str
+    expires_at: datetime | None  # None: never
+
+
+def parse_expiry(text: str) -> datetime:
+    """The moment that `30d`, or an RFC 3339 time or date, says. Raises InvalidRequest when it is not to come."""
+    now = datetime.now(UTC)
+    try:
+        bound = bound_of(text)
+    except ValueError as error:
+        raise InvalidRequest(f"invalid expires_at: {error}", param="expires_at") from None
+    moment = now + bound if isinstance(bound, timedelta) else bound
+    if moment <= now:
+        raise InvalidRequest("invalid expires_at: it has passed", param="expires_at")
+    return moment
 
 
 class Proofs(NamedTuple):
@@ -45,11 +61,13 @@ class Proofs(NamedTuple):
     digest: bytes
     hash: str
     revoked: bool
+    expires_in: float  # seconds, as the database's clock has it; infinity: never
     principal: Principal
 
 
 _READ = """
-select k.id, k.digest, k.hash, k.revoked_at is not null as revoked, k.name, k.account_id, a.role,
+select k.id, k.digest, k.hash, k.revoked_at is not null as revoked, k.name, k.account_id, a.role, k.expires_at,
+       coalesce(extract(epoch from k.expires_at - now())::double precision, 'infinity') as expires_in,
        k.requests_per_minute, k.requests_per_second, k.burst, k.concurrent_requests, k.allowed_models, k.drain_seconds,
        array[k.tokens_per_minute, k.tokens_per_day, k.cost_micros_per_day, k.cost_micros_per_month] as budget,
        array[a.tokens_per_minute, a.tokens_per_day, a.cost_micros_per_day, a.cost_micros_per_month] as account_budget
@@ -79,8 +97,9 @@ def _proofs(row: asyncpg.Record) -> Proofs:
         budget=Budget(*row["budget"]),
         account_budget=Budget(*row["account_budget"]),
         drain_seconds=row["drain_seconds"],
+        expires_at=row["expires_at"],
     )
-    return Proofs(row["digest"], row["hash"], row["revoked"], principal)
+    return Proofs(row["digest"], row["hash"], row["revoked"], row["expires_in"], principal)
 
 
 class ProofReader:
@@ -140,14 +159,15 @@ class NewRow(NamedTuple):
     digest: bytes
     hash: str
     name: str
+    expires_at: datetime | None
 
 
 _LIMITS = tuple(NO_LIMITS)  # in the order of _INSERT and _UPDATE
 _INSERT = """
-insert into keys (id, account_id, digest, hash, name, requests_per_minute, requests_per_second, burst,
+insert into keys (id, account_id, digest, hash, name, expires_at, requests_per_minute, requests_per_second, burst,
                   concurrent_requests, allowed_models, tokens_per_minute, tokens_per_day, cost_micros_per_day,
                   cost_micros_per_month, drain_seconds)
-values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
+values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)
 """
 
 
@@ -173,14 +193,15 @@ set name = coalesce($3, name),
     tokens_per_day = coalesce($10, tokens_per_day),
     cost_micros_per_day = coalesce($11, cost_micros_per_day),
     cost_micros_per_month = coalesce($12, cost_micros_per_month),
-    drain_seconds = coalesce($13, drain_seconds)
+    drain_seconds = coalesce($13, drain_seconds),
+    expires_at = case when $14 then $15 else expires_at end
 where id = $1 and ($2::uuid is null or account_id = $2)
 returning id
 """
 
 
 async def update_key(pool: Pool, key_id: str, account_id: str | None, changes: KeyChanges) -> None:
-    columns = map(changes.get, ("name", *_LIMITS))
+    columns = [*map(changes.get, ("name", *_LIMITS)), "expires_at" in changes, changes.get("expires_at")]
     async with connection(pool) as borrowed:
         found = await borrowed.fetchval(_UPDATE, key_id, account_id, *columns, timeout=COMMAND_TIMEOUT)
     if found is None:
@@ -209,7 +230,7 @@ async def read_key(pool: Pool, key_id: str, account_id: str | None) -> Key:
 
 
 _LIST = """
-select k.id, k.name, k.account_id, a.email, k.created_at, k.revoked_at,
+select k.id, k.name, k.account_id, a.email, k.created_at, k.expires_at, k.revoked_at,
        k.requests_per_minute, k.requests_per_second, k.burst, k.concurrent_requests, k.allowed_models, k.drain_seconds,
        array[k.tokens_per_minute, k.tokens_per_day, k.cost_micros_per_day, k.cost_micros_per_month] as budget,
        array[a.tokens_per_minute, a.tokens_per_day, a.cost_micros_per_day, a.cost_micros_per_month] as account_budget
@@ -235,6 +256,7 @@ def _key(row: asyncpg.Record) -> Key:
         limits=_limits(row),
         account_budget=Budget(*row["account_budget"]),
         created_at=row["created_at"],
+        expires_at=row["expires_at"],
         revoked_at=row["revoked_at"],
     )
 
@@ -258,6 +280,15 @@ async def key_ids(pool: Pool, account_id: str) -> Sequence[str]:
     """Of the keys of an account that are not revoked."""
     async with connection(pool) as borrowed:
         return [row["id"] for row in await borrowed.fetch(_IDS, account_id, timeout=COMMAND_TIMEOUT)]
+
+
+_ENDED = "select id from keys where id = any ($1::text[]) and (revoked_at is not null or expires_at <= now())"
+
+
+async def ended_keys(pool: Pool, key_ids: Sequence[str]) -> Sequence[str]:
+    """Those that are revoked or have expired."""
+    async with connection(pool) as borrowed:
+        return [row["id"] for row in await borrowed.fetch(_ENDED, key_ids, timeout=COMMAND_TIMEOUT)]
 
 
 def _unknown(key_id: str) -> NoReturn:

@@ -1,15 +1,16 @@
 """Who a key belongs to, answered without a look-up nearly always.
 
 A key is checked in this order, cheapest first, and whoever guesses never gets past the fourth:
-1. verified before: found by the SHA-256 of the whole token, in a microsecond (`known`)
+1. verified before: found by the SHA-256 of the whole token, in a microsecond
 2. refused before, or not a key by its form
 3. its row, by id
 4. HMAC-SHA256(pepper, secret), compared in constant time; an unknown id is compared with a digest of nothing
 5. Argon2id of the whole token, once per key and process: 26 ms of a core, which is why a wrong secret must end at 4
 
-A verified key is trusted for `cache_seconds`. Then a request reads its row again, without Argon2, and those that arrive
-within the next second are served by what was known. While Postgres is gone it is trusted up to `stale_seconds`. A
-change reaches the caches of all processes by Redis; without Redis, when their trust in the key runs out.
+A verified key is trusted for `cache_seconds`, or until it expires. Then a request reads its row again, without Argon2,
+and those that arrive within the next second are served by what was known. While Postgres is gone it is trusted up to
+`stale_seconds`. A change reaches the caches of all processes by Redis; without Redis, when their trust in the key runs
+out.
 """
 
 import asyncio
@@ -18,8 +19,10 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from hashlib import sha256
 from typing import Any, NoReturn, Unpack
 
@@ -102,26 +105,13 @@ class KeyStore:
         self._proving: dict[bytes, asyncio.Future[bool]] = {}  # Argon2id in progress
         self._places: dict[str, bytes] = {}  # key id -> its place in _verified
         self._changes = 0  # heard of; a row that was asked for before the last one may be out of date
+        self._changed = asyncio.Event()  # since `wait_for_change` was last called
         self.failures = Attempts(FAILURES_PER_MINUTE, clock=clock)  # by address; gateway.identity writes and reads it
 
     # --- who is it ------------------------------------------------------------------------------------------------
 
-    def known(self, token: str) -> Principal | None:
-        """Whose key this is, when it is trusted without asking anybody, as nearly always; None is no answer."""
-        if len(token) != TOKEN_LENGTH or not token.isascii():
-            return None
-        place = sha256(token.encode()).digest()
-        known = self._verified.get(place)
-        if known is None or self._clock() >= known.fresh_until:
-            return None
-        self._verified.move_to_end(place)
-        return known.principal
-
     async def verify(self, token: str) -> Principal:
         """Whose key this is. Raises Unauthenticated, the same for every kind of wrong key, or Unavailable."""
-        principal = self.known(token)
-        if principal is not None:
-            return principal
         if len(token) != TOKEN_LENGTH or not token.isascii():
             _refuse()
         place = sha256(token.encode()).digest()
@@ -129,7 +119,8 @@ class KeyStore:
         if known is None:
             return await self._check(place, token)
         self._verified.move_to_end(place)
-        await self._check_again(place, known)
+        if self._clock() >= known.fresh_until:
+            await self._check_again(place, known)
         return known.principal
 
     async def _check(self, place: bytes, token: str) -> Principal:
@@ -141,11 +132,16 @@ class KeyStore:
         proofs = await self._read(parsed.id)
         digest = self._digest(parsed.secret)
         right = hmac.compare_digest(digest, self._nothing if proofs is None else proofs.digest)
-        if proofs is None or not right or proofs.revoked or not await self._prove(place, proofs.hash, token):
+        if proofs is None or not right or proofs.revoked:
+            self._remember_refused(place)
+            _refuse()
+        if proofs.expires_in <= 0:
+            _refuse()  # not remembered: it may be given more time
+        if not await self._prove(place, proofs.hash, token):
             self._remember_refused(place)
             _refuse()
         known = self._remember(place, proofs)
-        self._trust(known, asked, changes)
+        self._trust(known, asked, changes, proofs.expires_in)
         return known.principal
 
     async def _prove(self, place: bytes, phc: str, token: str) -> bool:
@@ -173,8 +169,11 @@ class KeyStore:
             self._drop(place)
             self._remember_refused(place)
             _refuse()
+        if proofs.expires_in <= 0:
+            self._drop(place)
+            _refuse()
         known.principal = proofs.principal
-        self._trust(known, asked, changes)
+        self._trust(known, asked, changes, proofs.expires_in)
 
     async def _read(self, key_id: str) -> Proofs | None:
         try:
@@ -188,11 +187,11 @@ class KeyStore:
 
     # --- what is remembered ---------------------------------------------------------------------------------------
 
-    def _trust(self, known: _Verified, asked: float, changes: int) -> None:
+    def _trust(self, known: _Verified, asked: float, changes: int, expires_in: float) -> None:
         """From the moment its row was asked for; not at all when a change was heard of since."""
         if changes == self._changes:
-            known.fresh_until = asked + self._cache_seconds
-            known.stale_until = asked + self._stale_seconds
+            known.fresh_until = asked + min(self._cache_seconds, expires_in)
+            known.stale_until = asked + min(self._stale_seconds, expires_in)
 
     def _bear_with(self, known: _Verified, now: float) -> None:
         known.fresh_until = min(now + RETRY_SECONDS, known.stale_until)
@@ -218,6 +217,7 @@ class KeyStore:
     def _forget(self, key_id: str) -> None:
         """It was changed or revoked: its row is read before it is trusted again, and not while Postgres is gone."""
         self._changes += 1
+        self._changed.set()
         known = self._verified.get(self._places.get(key_id, b""))
         if known is not None:
             known.fresh_until = known.stale_until = 0.0
@@ -225,12 +225,15 @@ class KeyStore:
     def _distrust_all(self) -> None:
         """What changed while nobody listened is not known: every row is read before its key is trusted again."""
         self._changes += 1
+        self._changed.set()
         for known in self._verified.values():
             known.fresh_until = 0.0
 
     # --- changes --------------------------------------------------------------------------------------------------
 
-    async def create(self, account_id: str, name: str, **limits: Unpack[KeyLimits]) -> NewKey:
+    async def create(
+        self, account_id: str, name: str, expires_at: datetime | None = None, **limits: Unpack[KeyLimits]
+    ) -> NewKey:
         """A new key of an account. Raises NotFound for an account that does not exist."""
         token = make_token()
         parsed = parse_token(token)
@@ -241,6 +244,7 @@ class KeyStore:
             digest=self._digest(parsed.secret),
             hash=await self._hashing.submit(lambda: KEY_HASHER.hash(token)),
             name=name,
+            expires_at=expires_at,
         )
         await key_rows.insert_key(self._pool, row, limits)
         return NewKey(token, parsed.id, prefix_of(parsed.id))
@@ -290,6 +294,10 @@ class KeyStore:
             # It is done: the other processes will see it when their trust in the keys runs out.
             log.warning("a change of %s was not announced: %s", prefix_of(key_ids[0]), type(error).__name__)
 
+    async def ended(self, key_ids: Collection[str]) -> Sequence[str]:
+        """Those of them that are revoked or have expired. Raises Unavailable."""
+        return await key_rows.ended_keys(self._pool, list(key_ids))
+
     # --- hearing of changes ---------------------------------------------------------------------------------------
 
     async def listen(self) -> None:
@@ -307,6 +315,13 @@ class KeyStore:
                     pause = FIRST_PAUSE
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    async def wait_for_change(self, seconds: float) -> None:
+        """Until a change is heard of that came after the last call, or `seconds` have passed. For one task only."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+        self._changed.clear()
 
     async def _hear(self, channel: Any) -> None:
         """Until the connection breaks, or stays silent although Redis was asked."""
@@ -326,4 +341,4 @@ class KeyStore:
 
 def _refuse() -> NoReturn:
     """One message for all: which part of a key was wrong is nobody's business."""
-    raise Unauthenticated("incorrect API key provided: it is unknown, mistyped or revoked")
+    raise Unauthenticated("incorrect API key provided: it is unknown, mistyped, revoked or expired")

@@ -11,7 +11,7 @@ Rule 2: a slot is never lost. Whatever Redis may have recorded for a request tha
 
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from gateway.exchange import Principal
@@ -34,7 +34,8 @@ class Limiter:
     """One a process, on the script of that process, and closed before it.
 
     `rates` are token buckets for all requests to a route: requests a second, and how many the bucket holds. `nodes` is
-    how many processes share the limits; `window` is seconds.
+    how many processes share the limits; `window` is seconds. `on_local` hears of every decision without Redis, with the
+    setting that made it; it must not raise.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class Limiter:
         nodes: int = 1,
         on_redis_down: OnRedisDown = "local",
         window: float = 60.0,
+        on_local: Callable[[OnRedisDown], None] = lambda mode: None,
     ) -> None:
         self._script = script
+        self._on_local = on_local
         self._all_limit = global_per_minute
         self._rates = rates
         self._nodes = nodes
@@ -91,6 +94,10 @@ class Limiter:
         """Gives back what `admit` granted. Never waits and never raises; after a refusal, or again, it does nothing."""
         if self._grants.give_back(exchange_id):
             self._release_lease(principal.key_id, exchange_id)
+
+    def rates_changed(self) -> None:
+        """The mapping that was given as `rates` says something else now."""
+        self._words.clear()
 
     async def close(self) -> None:
         """Gives back all that is still held; the script's own `close` sees to it that Redis hears of it."""
@@ -167,6 +174,7 @@ class Limiter:
             self._abandon(ask)
 
     def _decide(self, who: Principal, route: str, exchange_id: str, now: float) -> Admission:
+        self._on_local(self._on_redis_down)
         if self._on_redis_down == "closed":
             return Admission(False, "unavailable", retry_after=math.ceil(self._script.pause), local=True)
         if self._on_redis_down == "open":

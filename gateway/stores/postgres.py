@@ -22,9 +22,9 @@ else:
 
 ACQUIRE_TIMEOUT = 1.0  # seconds to wait for a free connection
 COMMAND_TIMEOUT = 2.0  # seconds for one statement that reads or writes a few rows, a wait for a lock included
-# While a completion waits for it: a silent Postgres must not be felt for longer.
+# While a completion waits for it: a silent Postgres must not be felt for longer than half a second, which is both.
 HOT_ACQUIRE_TIMEOUT = 0.1  # seconds
-HOT_COMMAND_TIMEOUT = 0.5  # seconds
+HOT_COMMAND_TIMEOUT = 0.35  # seconds
 
 # SQLSTATE classes: https://www.postgresql.org/docs/current/errcodes-appendix.html
 _GONE = (
@@ -42,6 +42,27 @@ _GONE = (
     # ended between two of its steps (https://github.com/MagicStack/asyncpg/issues/1069).
     asyncpg.InternalClientError,
 )
+
+# What kept Postgres from answering, in a word; the first that fits.
+_KINDS: tuple[tuple[type[BaseException], str], ...] = (
+    (TimeoutError, "timeout"),
+    (pg.TransactionRollbackError, "conflict"),
+    (pg.InsufficientResourcesError, "resources"),
+    (pg.OperatorInterventionError, "shutdown"),
+    (pg.ReadOnlySQLTransactionError, "readonly"),
+    (OSError, "connection"),
+    (pg.PostgresConnectionError, "connection"),
+    (asyncpg.InterfaceError, "connection"),
+    (asyncpg.InternalClientError, "connection"),
+)
+KINDS = ("timeout", "connection", "shutdown", "readonly", "resources", "conflict", "error")
+
+
+def kind_of(error: BaseException) -> str:
+    """One of KINDS; of an Unavailable, of what it was raised from."""
+    if isinstance(error, Unavailable) and error.__cause__ is not None:
+        error = error.__cause__
+    return next((kind for cls, kind in _KINDS if isinstance(error, cls)), "error")
 
 
 @contextmanager

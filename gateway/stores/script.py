@@ -140,6 +140,11 @@ class RedisScript:
         return self.clock() - self._lost_at if self.gone else 0.0
 
     @property
+    def clock_ahead(self) -> float:
+        """Seconds that Redis's clock was ahead of ours when it was last connected to; limits go by Redis's alone."""
+        return self._connection.ahead if self._connection is not None else 0.0
+
+    @property
     def pause(self) -> float:
         """Seconds between two looks for a Redis that is gone."""
         return self._pause

@@ -8,6 +8,7 @@ takes 6. https://redis.io/docs/latest/develop/reference/protocol-spec/
 import asyncio
 import hashlib
 import re
+import time
 from collections.abc import Callable
 from typing import cast
 
@@ -18,12 +19,13 @@ from redis.asyncio.connection import Connection, DefaultParser
 Told = Callable[[bytes | Exception], None]
 
 _RUN_ID = re.compile(rb"^run_id:(\w+)", re.MULTILINE)
+_CLOCK = re.compile(rb"^server_time_usec:(\d+)", re.MULTILINE)
 
 
 class ScriptConnection(asyncio.Protocol):
     """Made by `open_connection`. Whoever has it closes it, also when it was lost."""
 
-    def __init__(self, opened: Connection, script: bytes, run_id: bytes) -> None:
+    def __init__(self, opened: Connection, script: bytes, run_id: bytes, ahead: float = 0.0) -> None:
         # redis-py has no public name for its writer, which closes the transport when it is collected: we keep both.
         assert opened._writer is not None
         self._opened = opened
@@ -33,6 +35,7 @@ class ScriptConnection(asyncio.Protocol):
         sha = hashlib.sha1(script, usedforsecurity=False).hexdigest().encode()  # the name that EVALSHA knows it by
         self._head = _head(b"EVAL", script, b"0", run_id, b"new")
         self._later_head = _head(b"EVALSHA", sha, b"0", run_id, b"")
+        self.ahead = ahead  # seconds that Redis's clock was, of ours, when it was opened
         self._told: Told | None = None  # of the call under way
         self._unread = b""
         self.is_open = True
@@ -113,11 +116,14 @@ async def open_connection(redis: Redis, script: bytes) -> ScriptConnection:
     opened: Connection = redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
     try:
         await opened.connect()  # type: ignore[no-untyped-call]
+        asked = time.time()
         await opened.send_command("INFO", "server")
-        found = _RUN_ID.search(await opened.read_response(disable_decoding=True))
+        about = await opened.read_response(disable_decoding=True)
+        found, clock = _RUN_ID.search(about), _CLOCK.search(about)
+        ahead = int(clock[1]) / 1e6 - (asked + time.time()) / 2 if clock else 0.0
         if await opened.can_read():
             raise exceptions.InvalidResponse("Redis sent more than it was asked for")
-        return ScriptConnection(opened, script, found[1] if found else b"unknown")
+        return ScriptConnection(opened, script, found[1] if found else b"unknown", ahead)
     except BaseException:
         await opened.disconnect(nowait=True)
         raise
@@ -125,7 +131,7 @@ async def open_connection(redis: Redis, script: bytes) -> ScriptConnection:
 
 # --- what went wrong ----------------------------------------------------------------------------------------------
 
-# The first that fits; for MISCONF and all else redis-py has no class.
+# The first that fits.
 _KINDS: tuple[tuple[type[Exception], str], ...] = (
     (TimeoutError, "timeout"),
     (exceptions.TimeoutError, "timeout"),
@@ -138,6 +144,11 @@ _KINDS: tuple[tuple[type[Exception], str], ...] = (
 )
 
 
+KINDS = ("timeout", "connection", "loading", "readonly", "oom", "misconf", "moved", "error")
+
+
 def kind_of(error: BaseException) -> str:
-    """In a word."""
+    """In a word, one of KINDS."""
+    if str(error).startswith("MISCONF"):  # redis-py has no class for it
+        return "misconf"
     return next((kind for cls, kind in _KINDS if isinstance(error, cls)), "error")

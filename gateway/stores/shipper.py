@@ -20,7 +20,7 @@ from gateway.stores.copy import Page, UsageCopy
 from gateway.stores.dead_letters import DEAD_LETTERS, bury_lines, bury_rows
 from gateway.stores.journal import Journal
 from gateway.stores.ledger import RowError, drop_months, make_partitions, write_rows
-from gateway.stores.postgres import Pool
+from gateway.stores.postgres import Pool, kind_of
 from gateway.stores.segments import Batch, Tail, abandoned, bytes_in
 from gateway.stores.usage import UsageRow
 
@@ -36,9 +36,9 @@ class Shipper:
     """`run` is a task of the application's; `close` comes before it ends, and before the journal's.
 
     `on_rows(result, count)` hears of every row once: written, or failed (the database refused it, or the disk had
-    damaged it; it is in the dead-letter file). `on_error()` hears of every attempt that failed. `on_adopted(row)` hears
-    of every row of another, dead process, `interrupted` ones too, once it was written; of one that is in its journal
-    and its copy it hears twice. `priced(row)` puts the cost on a row that nobody ended. None of them may raise.
+    damaged it; it is in the dead-letter file). `on_error(kind)` hears of every attempt that failed. `on_adopted(row)`
+    hears of every row of another, dead process, `interrupted` ones too, once it was written; of one that is in its
+    journal and its copy it hears twice. `priced(row)` puts the cost on a row that nobody ended. None of them may raise.
     `keep_months`: whole months of rows beside this one; 0: all. `copy`: this process's, which is told what is shipped.
     `key`: of the audit chain.
     """
@@ -52,7 +52,7 @@ class Shipper:
         linger: float = 0.2,
         keep_months: int = 0,
         on_rows: Callable[[str, int], None] = lambda result, count: None,
-        on_error: Callable[[], None] = lambda: None,
+        on_error: Callable[[str], None] = lambda kind: None,
         on_adopted: Callable[[UsageRow], None] = lambda row: None,
         priced: Callable[[UsageRow], UsageRow] = lambda row: row,
         copy: UsageCopy | None = None,
@@ -308,12 +308,12 @@ class Shipper:
                 await drop_months(self._pool, self._keep_months, self._key)
         except Exception as error:
             # Not what we are here for: nothing of it may hold up the rows.
-            self._on_error()
+            self._on_error(kind_of(error))
             self._partitions_at = monotonic() + 60
             log.warning("the partitions of usage are not up to date: %s", _reason(error))
 
     def _failed(self, error: Exception) -> None:
-        self._on_error()
+        self._on_error(kind_of(error))
         if not self._gone:
             self._gone = True
             log.error("usage cannot be shipped, %d rows are queued: %s", self.queued, _reason(error))

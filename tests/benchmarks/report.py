@@ -62,6 +62,7 @@ ROWS = (
     Row("rss_slope_kb_per_min", "RSS under streams that come and go, KB a minute", 100),
     Row("start_s", "start to the first answer, s", 0.5),
     Row("workers_2_x", "requests/s of two workers on two cores, x one on one", 1.8, least=True),
+    Row("workers_2_cpu_x", "CPU of a request with two workers, x with one"),
 )
 
 

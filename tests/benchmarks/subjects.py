@@ -116,7 +116,8 @@ class Bench:
 
     @contextmanager
     def gateway(self, *, program: Sequence[str] = ("-m", "gateway"), workers: int = 0) -> Iterator[Subject]:
-        """Everything on: keys, limits, journal, metrics, logs. `workers`: processes, 0 for the default."""
+        """Everything on: keys, limits, journal, metrics, logs. `workers`: processes, 0 for the default, which is one.
+        More than one have a supervisor; its CPU and memory are counted as theirs."""
         port = free_port()
         command = [
             sys.executable,
@@ -127,6 +128,8 @@ class Bench:
             *(["--workers", str(workers)] * (workers > 0)),
         ]
         with self.answering(command, "gateway", port, self._gateway_environ()) as process:
+            assert process.stdout is not None
+            process.stdout.readline()  # it says that all are ready: before, one of several workers may listen alone
             yield Subject("gateway", port, tree(process.pid), new_key(port), translated=True)
 
     def start_seconds(self, token: str) -> float:

@@ -2,6 +2,7 @@ import asyncio
 import dataclasses
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
@@ -12,12 +13,13 @@ from aiohttp.test_utils import TestClient, TestServer
 from aiohttp.typedefs import Handler
 from argon2 import PasswordHasher
 
-from gateway.appkeys import ACCOUNTS, BUDGETS, KEYS, SETTINGS
+from gateway.appkeys import ACCOUNTS, BUDGETS, KEYS, METRICS, SETTINGS
 from gateway.exchange import Budget, new_id
 from gateway.handlers import accounts
 from gateway.handlers.accounts import Grant
+from gateway.metrics import Metrics
 from gateway.protocol.errors import GatewayError, PermissionDenied
-from gateway.settings import Settings
+from gateway.settings import Settings, SettingsError, load_settings
 from gateway.stores.accounts import REGISTRATIONS_PER_ADDRESS, AccountStore
 from gateway.stores.budgets import Budgets
 from gateway.stores.keys import KeyStore
@@ -100,6 +102,7 @@ async def start(pool: asyncpg.Pool, redis_url: str, monkeypatch: pytest.MonkeyPa
         app[ACCOUNTS] = AccountStore(pool, hashing=for_passwords)
         app[KEYS] = KeyStore(pool, None, pepper=b"pepper", cache_seconds=60, stale_seconds=900, hashing=for_keys)
         app[BUDGETS] = Budgets(script, pool, flushed=flushed)
+        app[METRICS] = Metrics(providers=())
         app.add_routes(accounts.routes())
         client = TestClient(TestServer(app))
         await client.start_server()
@@ -158,6 +161,24 @@ async def test_a_crowd_that_registers_is_told_to_wait_and_shuts_out_no_good_key(
     assert Counter(await crowd) == {201: passed, 429: 60 - passed}
 
 
+async def test_a_gateway_for_a_domain_registers_its_addresses_and_no_others(start: Start) -> None:
+    api = await start(gateway_registration="example.com")
+    await api.add_account("boss")
+    answer = await api.ask("POST", "/auth/register", email="boss@example.org", password=PASSWORD)
+    assert answer.error == (403, "registration_closed", None)
+    answer = await api.ask("POST", "/auth/register", email="ada@example.com", password="qwerty123")
+    assert answer.error == (400, "weak_password", "password")
+
+
+@pytest.mark.parametrize("text", ["opne", "example", "example.com,", "@example.com", "*.example.com", "a b.com", "all"])
+async def test_a_registration_that_is_no_word_and_no_domain_stops_the_start(text: str) -> None:
+    """A slip must neither close the door nor open it."""
+    with pytest.raises(SettingsError, match="GATEWAY_REGISTRATION"):
+        load_settings({"GATEWAY_REGISTRATION": text})
+    for good in ("open", "closed", "example.com", "Example.com, sub.example.org"):
+        assert load_settings({"GATEWAY_REGISTRATION": good}).gateway_registration == good
+
+
 async def test_a_closed_gateway_registers_its_admin_and_nobody_else(start: Start) -> None:
     api = await start(gateway_registration="closed")
     await api.add_account("boss")
@@ -175,7 +196,7 @@ async def test_nobody_makes_itself_an_admin(api: Api) -> None:
 
 async def test_a_new_key_is_shown_once_and_works(api: Api) -> None:
     created = await api.add_key("ada")
-    assert created.keys() == {"api_key", "prefix", "id", "message", *LIMITS}
+    assert created.keys() == {"api_key", "prefix", "id", "message", "expires_at", *LIMITS}
     assert created["api_key"].startswith(created["prefix"] + "_")
     answer = await api.ask("GET", "/auth/keys", created["api_key"])
     assert answer.status == 200
@@ -366,6 +387,38 @@ async def test_a_key_given_away_cannot_widen_itself(api: Api) -> None:
     assert {name: answer.body[name] for name in narrower} == narrower
 
 
+async def test_a_key_that_expires_gives_itself_and_others_no_more_time(api: Api) -> None:
+    lent, kept = await api.add_key("ada", expires_at="7d"), await api.add_key("ada")
+    for key, less in ((lent, "6d"), (kept, "5d")):
+        path = f"/auth/keys/{key['id']}"
+        for wanted in (None, "8d", "2999-01-01"):
+            answer = await api.ask("PATCH", path, lent["api_key"], expires_at=wanted)
+            assert answer.error == (403, "permission_denied", "expires_at"), wanted
+        assert (await api.ask("PATCH", path, lent["api_key"], expires_at=less)).status == 200
+    assert (await api.ask("PATCH", f"/auth/keys/{kept['id']}", kept["api_key"], expires_at=None)).error[0] == 403
+    boss = await api.add_key("boss")
+    assert (await api.ask("PATCH", f"/auth/keys/{kept['id']}", boss["api_key"], expires_at=None)).status == 200
+    assert (await api.ask("PATCH", f"/auth/keys/{lent['id']}", kept["api_key"], expires_at=None)).status == 200
+
+
+async def test_a_key_expires_when_it_was_told_to_and_only_a_change_of_that_changes_it(api: Api) -> None:
+    created = await api.add_key("ada", expires_at="2999-01-02T03:04:05+01:00")
+    assert created["expires_at"] == "2999-01-02T02:04:05+00:00"
+    path = f"/auth/keys/{created['id']}"
+    assert (await api.ask("PATCH", path, created["api_key"], key_name="new")).body["expires_at"] == created[
+        "expires_at"
+    ]
+    sooner = (await api.ask("PATCH", path, created["api_key"], expires_at="30d")).body["expires_at"]
+    days = (datetime.fromisoformat(sooner) - datetime.now(UTC)).total_seconds() / 86_400
+    assert 29.9 < days <= 30
+
+
+@pytest.mark.parametrize("wanted", ["", "never", "2020-01-01", "0d", "99999999d", "3000-01-01", 5, [], {}, True])
+async def test_an_expiry_that_is_none_or_has_passed_is_400_and_named(api: Api, wanted: Any) -> None:
+    fields = {"email": "ada@example.com", "password": PASSWORD, "key_name": "x", "expires_at": wanted}
+    assert (await api.ask("POST", "/auth/keys", **fields)).error == (400, "invalid_value", "expires_at")
+
+
 @pytest.mark.parametrize(
     ("mine", "wanted", "may"),
     [
@@ -414,6 +467,7 @@ async def test_a_member_sees_its_own_keys_and_an_admin_all(api: Api) -> None:
         "email",
         *LIMITS,
         "created_at",
+        "expires_at",
         "revoked_at",
     }
 
@@ -484,8 +538,8 @@ WHO_MAY = [  # method, whose account, status for each of ROLES
     ("GET", "other", (200, 404, 401)),
     ("GET", "missing", (404, 404, 401)),
     ("PATCH", "own", (200, 403, 401)),
-    ("PATCH", "other", (200, 403, 401)),
-    ("PATCH", "missing", (404, 403, 401)),
+    ("PATCH", "other", (200, 404, 401)),
+    ("PATCH", "missing", (404, 404, 401)),
 ]
 
 

@@ -14,10 +14,11 @@ from aiohttp import ClientResponse, web
 from aiohttp.test_utils import TestClient, TestServer
 from aiohttp.typedefs import Handler
 
-from gateway.appkeys import KEYS, POOL, SHIPPER
+from gateway.appkeys import KEYS, POOL, SETTINGS, SHIPPER
 from gateway.exchange import new_id
 from gateway.handlers.stats import routes
 from gateway.protocol.errors import GatewayError
+from gateway.settings import Settings
 from gateway.stores.journal import Journal
 from gateway.stores.keys import KeyStore
 from gateway.stores.ledger import write_rows
@@ -80,6 +81,7 @@ async def world(pool: asyncpg.Pool, tmp_path: Path) -> AsyncIterator[World]:
         return Person(key.token, key.id, account_id)
 
     app = web.Application(middlewares=[errors])
+    app[SETTINGS] = Settings()
     app[POOL] = pool
     app[KEYS] = keys
     journal = Journal(tmp_path / "journal", fsync="never")

@@ -1,9 +1,11 @@
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gateway.protocol.errors import ModelNotFound
-from gateway.protocol.routing import Provider, Routes, Target
+from gateway.protocol.routing import Plan, Provider, Routes, Share, Target
 
 pytestmark = pytest.mark.unit
 
@@ -115,3 +117,52 @@ def test_credentials_are_not_printed() -> None:
     assert "sk-mine" not in repr(target)
     assert "key of openai" not in repr(target)
     assert "key of openai" not in repr(USUAL)
+
+
+# --- plans --------------------------------------------------------------------------------------------------------
+
+NAMES = st.sampled_from(["a", "b", "c", "d"])
+MODELS = st.sampled_from(["m", "n", "o", "a/m", "b/n", "c/x", "d/y", "m-1"])
+
+
+def any_provider(name: str) -> st.SearchStrategy[Provider]:
+    return st.builds(
+        lambda key, on, rules: Provider(name, "openai", f"https://{name}.example", key, on, rules=rules),
+        st.sampled_from([None, "key"]),
+        st.booleans(),
+        st.lists(st.sampled_from(["m*", "n*", "m", "*"]), max_size=2),
+    )
+
+
+PLANS = st.builds(
+    Plan,
+    st.lists(st.builds(Share, NAMES, st.sampled_from(["m", "n", "*"]), st.integers(1, 9)), max_size=3),
+    st.lists(MODELS, max_size=3),
+)
+
+
+@given(
+    st.tuples(*map(any_provider, "abcd")),
+    st.dictionaries(st.sampled_from(["m", "n", "m*", "*", "a/m", "a/*"]), PLANS, max_size=4),
+    st.dictionaries(st.sampled_from(["o", "m"]), MODELS, max_size=2),
+    MODELS,
+    st.sampled_from([None, "sk-mine"]),
+)
+def test_no_plan_sends_a_credential_to_another_provider_or_asks_one_that_is_off(
+    providers: tuple[Provider, ...], plans: dict[str, Plan], aliases: dict[str, str], model: str, own: str | None
+) -> None:
+    known = routes(*providers, plans=plans, aliases=aliases, default="a")
+    try:
+        route = known.resolve(model, own)
+    except ModelNotFound:
+        return
+    assert route
+    assert all(route)
+    targets = [target for group in route for target in group]
+    assert len({target.provider.name for target in targets if target.own_credential}) <= 1
+    for target in targets:
+        assert target.provider is known.providers[target.provider.name]
+        assert target.credential == (own if target.own_credential else target.provider.api_key)
+        assert target.own_credential or target.provider.enabled
+        assert target.model != "*"
+    assert len(route) <= 1 + max((len(plan.fallbacks) for plan in plans.values()), default=0)

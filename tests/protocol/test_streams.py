@@ -311,7 +311,7 @@ def unfinished(case: Case) -> Iterator[bytes]:
 def is_whole(case: Case, data: bytes) -> bool:
     """Has the dialect's last word been said? Read here a second time, in the plainest way."""
     if case.dialect == "anthropic":
-        return b'"message_stop"' in data or b'"type":"error"' in data or b'"type": "error"' in data
+        return re.search(rb'"(stop_reason": ?"[a-z]|type": ?"error")', data) is not None
     if case.dialect == "ollama":
         return any(line.endswith(b"}\n") and _ends_ollama(line) for line in data.splitlines(keepends=True))
     return openai_is_whole(case, data)

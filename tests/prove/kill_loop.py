@@ -67,10 +67,10 @@ async def run(data: Path, *, kills: int, stops: int) -> Ledger:
     ledger, calls = Ledger(), data / "calls"
     async with (
         running_postgres(data / "postgres") as postgres,
-        _running_valkey(data / "valkey") as redis_url,
+        running_valkey(data / "valkey") as redis_url,
         noting_provider(calls) as provider,
     ):
-        stage = Stage(_environment(data, postgres.url, redis_url, provider), data / "gateway.log", ledger)
+        stage = Stage(environment(data, postgres.url, redis_url, provider), data / "gateway.log", ledger)
         async with stage.gateway() as first:
             load = Load(stage.doors, await new_key(first), CLIENTS)
         async with asyncio.TaskGroup() as group:
@@ -81,7 +81,7 @@ async def run(data: Path, *, kills: int, stops: int) -> Ledger:
         await _settle(stage)
         async with asyncpg.create_pool(postgres.url, min_size=1, max_size=2) as pool:
             await ledger.compare(pool, load.calls, set(calls.read_text().split()))
-        ledger.chain = await _verify(stage)
+        ledger.chain = await verify(stage)
     return ledger
 
 
@@ -127,7 +127,7 @@ async def _stop_and_start(postgres: Postgres, ledger: Ledger, kills: int, stops:
 # --- what lives on ------------------------------------------------------------------------------------------------
 
 
-def _environment(data: Path, database_url: str, redis_url: str, provider: str) -> Mapping[str, str]:
+def environment(data: Path, database_url: str, redis_url: str, provider: str) -> Mapping[str, str]:
     config = data / "gateway.toml"
     config.write_text(CONFIG)
     return {
@@ -148,7 +148,7 @@ def _environment(data: Path, database_url: str, redis_url: str, provider: str) -
 
 
 @asynccontextmanager
-async def _running_valkey(data: Path) -> AsyncIterator[str]:
+async def running_valkey(data: Path) -> AsyncIterator[str]:
     server = Embedded(data, postgres=False, redis=True)
     await asyncio.to_thread(server.start)
     try:
@@ -168,7 +168,7 @@ async def _settle(stage: Stage) -> None:
     assert stage.folders() == []
 
 
-async def _verify(stage: Stage) -> str:
+async def verify(stage: Stage) -> str:
     """What `gateway usage verify` says when it finds a fault; "": it finds none."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "gateway", "usage", "verify",

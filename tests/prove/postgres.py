@@ -17,18 +17,18 @@ class Postgres:
 
     def __init__(self, data: Path) -> None:
         self._data = data
-        self._proxy = Proxy("")
+        self.proxy = Proxy("")
         self.url = ""
 
     async def start(self) -> None:
         self._server = Embedded(self._data, postgres=True, redis=False)
         await asyncio.to_thread(self._server.start)
         folder = parse_qs(urlsplit(self._server.database_url).query)["host"][0]
-        port = self._proxy.port
-        self._proxy = Proxy(f"{folder}/.s.PGSQL.5432")
-        self._proxy.port = port
-        await self._proxy.start()
-        self.url = f"postgresql://postgres@127.0.0.1:{self._proxy.port}/postgres?sslmode=disable"
+        port = self.proxy.port
+        self.proxy = Proxy(f"{folder}/.s.PGSQL.5432")
+        self.proxy.port = port
+        await self.proxy.start()
+        self.url = f"postgresql://postgres@127.0.0.1:{self.proxy.port}/postgres?sslmode=disable"
 
     async def stop_at_once(self) -> None:
         """As `pg_ctl stop -m immediate` does: no checkpoint, no word to those who are connected."""
@@ -37,7 +37,7 @@ class Postgres:
         await self.stop()
 
     async def stop(self) -> None:
-        await self._proxy.cut()
+        await self.proxy.cut()
         await asyncio.to_thread(self._server.stop)
 
 

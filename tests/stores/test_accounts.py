@@ -1,6 +1,9 @@
 import asyncio
+import statistics
 import threading
-from collections.abc import Awaitable, Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import asyncpg
@@ -92,6 +95,55 @@ async def test_a_closed_gateway_hashes_nothing_for_a_stranger(
     monkeypatch.setattr("gateway.stores.accounts.PASSWORD_HASHER", None)
     error = await refusal(store.register("stranger@example.com", PASSWORD, registration="closed"))
     assert error.error_code == "registration_closed"
+
+
+DOMAINS = "example.com, Example.org"
+
+
+async def test_a_gateway_for_some_domains_registers_their_addresses_and_no_others(store: AccountStore) -> None:
+    for email in (EMAIL, "Bob@EXAMPLE.org"):
+        await store.register(email, PASSWORD, registration=DOMAINS)
+    foreign = ["x@example.net", "x@sub.example.com", "x@notexample.com", "x@example.com.evil.io", "example.com@evil.io"]
+    for email in foreign:
+        error = await refusal(store.register(email, PASSWORD, registration=DOMAINS))
+        assert (error.http_status, error.error_code) == (403, "registration_closed")
+
+
+async def test_not_even_the_first_account_is_of_a_foreign_domain(store: AccountStore) -> None:
+    """It would be the admin's."""
+    assert (await refusal(store.register("x@evil.io", PASSWORD, registration=DOMAINS))).http_status == 403
+    assert (await store.register(EMAIL, PASSWORD, registration=DOMAINS)).role == "admin"
+
+
+@pytest.mark.parametrize("registration", ["closed", "example.org"])
+async def test_a_door_that_is_closed_says_the_same_to_a_known_email_and_does_no_work(
+    store: AccountStore, monkeypatch: pytest.MonkeyPatch, registration: str
+) -> None:
+    await store.register(EMAIL, PASSWORD, registration="open")
+    monkeypatch.setattr(accounts_module, "PASSWORD_HASHER", None)
+    known = await refusal(store.register(EMAIL, PASSWORD, registration=registration))
+    unknown = await refusal(store.register("nobody@example.com", PASSWORD, registration=registration))
+    assert known.http_status == 403
+    assert known.object() == unknown.object()
+
+
+async def test_the_commonest_passwords_and_the_email_itself_are_no_new_passwords(store: AccountStore) -> None:
+    for password in ("Password1", "qwertyuiop", EMAIL.upper()):
+        error = await refusal(store.register(EMAIL, password, registration="open"))
+        assert (error.http_status, error.error_code, error.param) == (400, "weak_password", "password")
+
+
+async def test_who_registered_with_a_weak_password_before_still_logs_in(
+    store: AccountStore, pool: asyncpg.Pool
+) -> None:
+    account = await store.register(EMAIL, PASSWORD, registration="open")
+    await pool.execute("update accounts set password_hash = $1", PasswordHasher(1, 8, 1).hash("password1"))
+    assert await store.login(EMAIL, "password1") == account
+
+
+async def test_a_password_may_be_typed_on_another_keyboard(store: AccountStore) -> None:
+    account = await store.register(EMAIL, "caf\u00e9 noir", registration="open")
+    assert await store.login(EMAIL, "cafe\u0301 noir") == account
 
 
 async def test_an_email_is_registered_once_however_it_is_written(store: AccountStore) -> None:
@@ -242,6 +294,47 @@ async def test_after_thirty_failures_an_address_waits_whatever_the_account(store
         assert (await refusal(guess)).http_status == 401
     assert (await refusal(store.login(EMAIL, PASSWORD, address="10.0.0.1"))).http_status == 429
     assert (await store.login(EMAIL, PASSWORD, address="10.0.0.2")).email == EMAIL
+
+
+async def test_neither_log_in_nor_registration_takes_longer_for_a_known_email(
+    real_hashes: None, store: AccountStore, pool: asyncpg.Pool, figure: Callable[[str], None]
+) -> None:
+    known = [f"known{number}@example.com" for number in range(4)]
+    phc = PASSWORD_HASHER.hash(PASSWORD)
+    for email in known:
+        sql = "insert into accounts (id, email, password_hash, role) values ($1, $2, $3, 'member')"
+        await pool.execute(sql, new_id(), email, phc)
+
+    async def seconds(work: Awaitable[object]) -> float:
+        started = time.perf_counter()
+        with suppress(GatewayError):
+            await work
+        return time.perf_counter() - started
+
+    times: dict[str, list[float]] = {}
+    for email in known:
+        for who, name in (("known", email), ("unknown", f"un{email}")):
+            log_in, register = f"log-in, {who}", f"registration, {who}"
+            times.setdefault(log_in, []).append(await seconds(store.login(name, "wrong password")))
+            times.setdefault(register, []).append(await seconds(store.register(name, PASSWORD, registration="open")))
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    ratios = {what: medians[f"{what}, known"] / medians[f"{what}, unknown"] for what in ("log-in", "registration")}
+    figure(
+        "P8 a known email beside an unknown one: "
+        + ", ".join(f"{what} {ratio:.2f} of its time" for what, ratio in ratios.items())
+    )
+    assert all(0.25 < ratio < 4 for ratio in ratios.values())  # without the decoy it is more than fifty
+
+
+async def test_guesses_at_many_accounts_that_come_all_at_once_from_an_address_learn_no_more_than_thirty(
+    pool: asyncpg.Pool,
+) -> None:
+    hashing = HashingPool(waiting=100)
+    store = AccountStore(pool, hashing=hashing)
+    guesses = [store.login(f"user{n}@example.com", "wrong password", address="10.0.0.1") for n in range(60)]
+    answers = await asyncio.gather(*guesses, return_exceptions=True)
+    hashing.close()
+    assert sorted(getattr(answer, "http_status", 200) for answer in answers) == [401] * 30 + [429] * 30
 
 
 async def test_guesses_that_come_all_at_once_learn_no_more_than_five(store: AccountStore) -> None:

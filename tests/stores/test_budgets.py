@@ -738,7 +738,8 @@ async def test_a_payer_of_whom_nothing_is_known_gets_nothing_without_redis(serve
 async def test_without_redis_a_setting_lets_all_pass_or_none(
     server: Valkey, pool: Pool, policy: Any, passes: bool
 ) -> None:
-    async with budgets(server.url, pool, loses_redis=True, on_redis_down=policy) as one:
+    heard: list[str] = []
+    async with budgets(server.url, pool, loses_redis=True, on_redis_down=policy, on_local=heard.append) as one:
         running = await reserve(one, a_day(1000), output=100)
         server.kill()
         if passes:
@@ -747,7 +748,9 @@ async def test_without_redis_a_setting_lets_all_pass_or_none(
             with pytest.raises(Unavailable) as refusal:
                 await reserve(one, a_day(1000), output=1)
             assert refusal.value.error_code == "budget_unavailable"
+        assert heard == [policy]
         assert await running.more(100)  # what runs may use what was left in both
+        assert heard == [policy], "one decision a request"
         server.start()
 
 

@@ -201,6 +201,21 @@ async def test_a_redis_that_stalls_costs_the_time_out_once_and_gets_what_it_miss
         copy.forget(list(copy._kept))
 
 
+async def test_nobody_waits_for_a_redis_that_somebody_else_has_seen_go(redis_url: str) -> None:
+    gone = False
+    async with proxied_redis(redis_url) as (proxy, url), copying(url, gone=lambda: gone) as copy:
+        await copy.begun(begun())
+        proxy.stall()
+        gone = True
+        waiting = asyncio.ensure_future(copy.begun(begun()))
+        await asyncio.sleep(0)
+        assert waiting.done()
+        proxy.resume()
+        gone = False
+        await told(copy)
+        copy.forget(list(copy._kept))
+
+
 async def test_nobody_waits_longer_than_the_time_out_behind_others_either(
     redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

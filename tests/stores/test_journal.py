@@ -403,6 +403,7 @@ async def test_on_a_full_disk_nothing_new_begins_and_what_ran_is_kept_until_ther
                 journal.begin(one)
                 names.append(one.request_id)
         assert len(names) > 1000
+        assert journal.full, "although the reserve is there"
         for name in names:
             journal.tick(name, 1, 1)
             journal.end(row(request_id=name))
@@ -420,6 +421,7 @@ async def test_on_a_full_disk_nothing_new_begins_and_what_ran_is_kept_until_ther
         await journal.synced()
         for path in tail.finished():
             path.unlink()
+        assert not journal.full
         journal.begin(begun())
         journal.close()
 

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import asyncpg
@@ -292,18 +293,70 @@ async def test_the_cache_is_bounded_and_keeps_what_is_used(
     assert len(store._verified) == len(store._places) == 2
 
 
-async def test_a_key_is_known_while_it_is_trusted(store: KeyStore, account: str, clock: Clock) -> None:
+async def test_a_key_is_digested_once_a_request(store: KeyStore, account: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    digested: list[bytes] = []
+
+    def counting(data: bytes) -> Any:
+        digested.append(data)
+        return hashlib.sha256(data)
+
     key = await add_key(store, account)
-    assert store.known(key.token) is None
-    principal = await store.verify(key.token)
-    assert store.known(key.token) is principal
-    assert store.known("aig_é") is store.known("") is store.known(key.token[:-1]) is None
-    clock.now += 60
-    assert store.known(key.token) is None
+    monkeypatch.setattr(keys_module, "sha256", counting)
     await store.verify(key.token)
-    assert store.known(key.token) is not None
-    await store.revoke(key.id, None)
-    assert store.known(key.token) is None
+    await store.verify(key.token)
+    await refusal(store.verify(make_token()))
+    assert len(digested) == 3
+
+
+async def test_a_key_is_trusted_no_longer_than_it_lives(
+    store: KeyStore, account: str, clock: Clock, pool: asyncpg.Pool
+) -> None:
+    """By the database's clock, from the moment it was asked: no process has to have the right time."""
+    key = await store.create(account, "laptop", datetime.now(UTC) + timedelta(seconds=30))
+    principal = await store.verify(key.token)
+    assert principal.expires_at == (await store.get(key.id, account)).expires_at
+    clock.now += 15
+    assert await store.verify(key.token) is principal
+    clock.now += 15
+    await pool.close()
+    assert isinstance(await refusal(store.verify(key.token)), Unavailable)  # nor is it trusted because Postgres is gone
+
+
+async def test_an_expired_key_is_refused_without_argon2_and_alive_when_it_is_given_more_time(
+    store: KeyStore, account: str, pool: asyncpg.Pool, argon2: list[str]
+) -> None:
+    key, known = await store.create(account, "laptop"), await store.create(account, "server")
+    await store.verify(known.token)
+    argon2.clear()
+    await pool.execute("update keys set expires_at = now() - interval '1 second'")
+    store._distrust_all()
+    wrong = await refusal(store.verify(make_token()))
+    for token in (key.token, known.token, key.token):
+        assert (await refusal(store.verify(token))).object() == wrong.object()
+    assert argon2 == []
+    assert sorted(await store.ended([key.id, known.id, "unknown-key1"])) == sorted([key.id, known.id])
+    for one in (key, known):
+        await store.change(one.id, account, KeyChanges(expires_at=None))
+        assert (await store.verify(one.token)).expires_at is None
+    assert await store.ended([key.id, known.id]) == []
+
+
+async def test_of_some_keys_those_are_ended_that_are_revoked(store: KeyStore, account: str) -> None:
+    kept, revoked = await add_key(store, account), await add_key(store, account)
+    await store.revoke(revoked.id, account)
+    assert await store.ended([kept.id, revoked.id]) == [revoked.id]
+    assert await store.ended([]) == []
+
+
+async def test_who_waits_for_a_change_hears_of_the_next_one_or_has_waited(store: KeyStore, account: str) -> None:
+    key = await add_key(store, account)
+    waiting = asyncio.create_task(store.wait_for_change(60))
+    await asyncio.sleep(0)
+    await store.revoke(key.id, account)
+    await asyncio.wait_for(waiting, 10)
+    started = time.monotonic()
+    await store.wait_for_change(0.05)
+    assert time.monotonic() - started > 0.04
 
 
 async def test_a_cached_key_costs_a_few_microseconds(store: KeyStore, account: str) -> None:

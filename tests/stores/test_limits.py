@@ -113,6 +113,16 @@ async def test_at_the_limit_exactly_the_limit_passes_through_two_limiters(redis_
         assert granted(await asyncio.gather(*racing)) == 50
 
 
+async def test_nodes_whose_clocks_are_hours_apart_share_one_window_because_it_is_that_of_redis(redis_url: str) -> None:
+    """The hour is that of each node alone: Redis reads its own clock, in the script (TIME)."""
+    who = principal(requests_per_minute=50, concurrent_requests=100, requests_per_second=100, burst=60)
+    clocks = [lambda: time.monotonic() + 3600, lambda: time.monotonic() - 3600]
+    async with limiter(redis_url, clock=clocks[0]) as ahead, limiter(redis_url, clock=clocks[1]) as behind:
+        racing = [limiter.admit(who, new_id()) for _ in range(100) for limiter in (ahead, behind)]
+        assert granted(await asyncio.gather(*racing)) == 50
+        assert not (await behind.admit(who, new_id())).granted
+
+
 PROCESS = """
 import asyncio, sys
 from gateway.exchange import Principal, new_id
@@ -793,12 +803,14 @@ async def test_without_redis_slots_are_counted_and_released(server: Valkey, quic
 async def test_without_redis_a_setting_lets_all_pass_or_none(server: Valkey, policy: Any, reason: str) -> None:
     who = principal(requests_per_minute=1, concurrent_requests=1)
     server.kill()
-    async with limiter(server.url, loses_redis=True, on_redis_down=policy) as limiter_:
+    heard: list[str] = []
+    async with limiter(server.url, loses_redis=True, on_redis_down=policy, on_local=heard.append) as limiter_:
         answers = await asyncio.gather(*(limiter_.admit(who, new_id()) for _ in range(5)))
         answers += await admit(limiter_, who, 5)
         assert {(not reason, reason, True)} == {(answer.granted, answer.reason, answer.local) for answer in answers}
         assert all(answer.granted or answer.retry_after >= 1 for answer in answers)
         assert policy == limiter_.state
+        assert heard == [policy] * 10
 
 
 async def test_a_redis_that_lost_its_memory_gives_no_second_helping(server: Valkey, quick_probes: None) -> None:

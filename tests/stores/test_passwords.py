@@ -7,12 +7,15 @@ from argon2 import PasswordHasher, extract_parameters
 
 from gateway.protocol.errors import InvalidRequest, Unavailable
 from gateway.stores.passwords import (
+    COMMON_PASSWORDS,
     KEY_HASHER,
+    PASSWORD_BYTES,
     PASSWORD_HASHER,
     HashingPool,
-    check_password,
+    check_new_password,
     decoy,
     matches,
+    normal_password,
 )
 
 pytestmark = pytest.mark.unit
@@ -84,14 +87,41 @@ def test_the_decoy_costs_what_a_real_hash_costs_and_matches_nothing() -> None:
     assert len(base64.b64decode(fake.rpartition("$")[2] + "==")) == PASSWORD_HASHER.hash_len
 
 
-@pytest.mark.parametrize("password", ["12345678", "x" * 128, "ü" * 4, "日本語"])
+@pytest.mark.parametrize("password", ["12345678", "x" * 128, "ü" * 4, "日本語", " spaces are kept "])
 def test_a_password_has_8_to_128_bytes(password: str) -> None:
-    check_password(password)
+    assert normal_password(password) == password
 
 
-@pytest.mark.parametrize("password", ["", "1234567", "x" * 129, "ü" * 65, "nul\0inside", "\ud800 surrogate"])
+@pytest.mark.parametrize(
+    "password", ["", "1234567", "x" * 129, "x" * 1_000_000, "ü" * 65, "ﷺ" * 20, "nul\0inside", "\ud800 surrogate"]
+)
 def test_what_cannot_be_a_password_is_refused_without_repeating_it(password: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        check_password(password)
+        normal_password(password)
     assert caught.value.param == "password"
     assert password == "" or password not in caught.value.message
+
+
+def test_a_password_is_the_same_however_its_characters_are_written() -> None:
+    """One keyboard sends an é, another an e and an accent; full-width digits are digits."""
+    assert normal_password("caf\u00e9 noir") == normal_password("cafe\u0301 noir") == "caf\u00e9 noir"
+    assert normal_password("\uff11\uff12\uff13\uff14 garden") == "1234 garden"
+
+
+@pytest.mark.parametrize(
+    "password", ["password", "PassWord123", "12345678", "ada.lovelace@example.com", "Ada.Lovelace", "ｐａｓｓｗｏｒｄ"]
+)
+def test_what_is_tried_first_is_no_new_password(password: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_new_password(password, "ada.lovelace@example.com")
+    assert (caught.value.error_code, caught.value.param) == ("weak_password", "password")
+
+
+def test_any_other_password_is_taken_without_a_rule_of_what_must_be_in_it() -> None:
+    for password in ("correct horse", "aaaaaaab", "passwords", "example.com", "ada@other.org"):
+        check_new_password(password, "ada@example.com")
+
+
+def test_the_list_of_common_passwords_holds_none_that_its_length_refuses() -> None:
+    assert len(COMMON_PASSWORDS) > 100
+    assert all(len(password) in PASSWORD_BYTES and password == password.lower() for password in COMMON_PASSWORDS)

@@ -11,7 +11,7 @@ import pytest
 from asyncpg import exceptions as pg
 
 from gateway.protocol.errors import Unavailable
-from gateway.stores.postgres import HOT_ACQUIRE_TIMEOUT, HOT_COMMAND_TIMEOUT, connection, database_errors
+from gateway.stores.postgres import HOT_ACQUIRE_TIMEOUT, HOT_COMMAND_TIMEOUT, connection, database_errors, kind_of
 
 if TYPE_CHECKING:
     from tests.conftest import Servers
@@ -48,6 +48,32 @@ def test_an_outage_is_unavailable_and_says_when_to_come_back(error: Exception) -
         raise error
     assert (caught.value.error_code, caught.value.retry_after) == ("database_unavailable", 1)
     assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (TimeoutError(), "timeout"),
+        (ConnectionRefusedError(), "connection"),
+        (pg.ConnectionDoesNotExistError(""), "connection"),
+        (asyncpg.InterfaceError("pool is closed"), "connection"),
+        (pg.AdminShutdownError(""), "shutdown"),
+        (pg.ReadOnlySQLTransactionError(""), "readonly"),
+        (pg.TooManyConnectionsError(""), "resources"),
+        (pg.DeadlockDetectedError(""), "conflict"),
+        (pg.UndefinedTableError(""), "error"),
+    ],
+)
+def test_what_was_wrong_is_said_in_a_word_also_of_an_outage_that_was_made_of_it(error: Exception, kind: str) -> None:
+    assert kind_of(error) == kind
+    if kind != "error":
+        with pytest.raises(Unavailable) as caught, database_errors():
+            raise error
+        assert kind_of(caught.value) == kind
+
+
+def test_a_look_up_that_a_completion_waits_for_takes_half_a_second_at_most() -> None:
+    assert HOT_ACQUIRE_TIMEOUT + HOT_COMMAND_TIMEOUT <= 0.5
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import asyncio
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -133,6 +134,17 @@ async def test_a_connection_that_ends_while_it_is_asked_says_so_and_one_that_res
         assert not asking.is_open
         while resting.is_open:
             await asyncio.sleep(0)
+
+
+async def test_it_knows_how_far_the_clock_of_redis_is_from_ours(
+    server: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with connected(server.url) as connection:
+        assert abs(connection.ahead) < 1
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - 3600)
+    async with connected(server.url) as connection:
+        assert abs(connection.ahead - 3600) < 1
 
 
 async def test_nobody_is_told_after_it_was_aborted(server: Valkey) -> None:

@@ -44,7 +44,7 @@ class Heard:
     def on_rows(self, result: str, count: int) -> None:
         self.rows[result] += count
 
-    def on_error(self) -> None:
+    def on_error(self, kind: str) -> None:
         self.errors += 1
 
 

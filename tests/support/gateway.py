@@ -38,6 +38,10 @@ class Gateway:
         """What the provider was asked to generate; not the looks at its list of models."""
         return [request for request in self.mock.received if request.method == "POST"]
 
+    def forget_faults(self) -> None:
+        """All providers are asked again, whatever they did."""
+        self.app[appkeys.BALANCER].forget()
+
     async def new_key(self, **limits: Any) -> str:
         limits = {"requests_per_minute": 0, "concurrent_requests": 0, "allowed_models": (), **limits}
         made = await self.app[appkeys.KEYS].create(self.account_id, "test", **limits)

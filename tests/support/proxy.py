@@ -1,4 +1,6 @@
-"""A proxy between the gateway and one of its stores that can refuse, cut and stall: faults without touching the store."""
+"""A proxy between the gateway and one of its stores, for faults without touching the store: it can refuse, cut, stall,
+delay, close one half, answer in the store's place, and lead to another one.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -11,9 +13,17 @@ class Proxy:
         self._target = target  # path of a unix socket, or host:port
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
+        self._near: set[asyncio.StreamWriter] = set()  # those of them that lead to the gateway
         self._flow = asyncio.Event()
         self._flow.set()
         self.port = 0
+        self.delay = 0.0  # seconds that each read waits, either way
+        self.answer = b""  # what is answered in the store's place; b"": nothing
+        self.answered = b""  # to reads that have this in them
+
+    @property
+    def refuses(self) -> bool:
+        return self._server is None
 
     async def start(self) -> None:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
@@ -27,6 +37,24 @@ class Proxy:
         self._flow.set()
         for writer in list(self._writers):
             writer.transport.abort()
+
+    async def lead_to(self, target: str) -> None:
+        """From now on to another server, as an address does after a fail-over; open connections are reset."""
+        self._target = target
+        await self.cut()
+        await self.start()
+
+    def half_close(self) -> None:
+        """Say goodbye to the gateway on every open connection, and read on."""
+        for writer in list(self._near):
+            writer.write_eof()
+
+    async def mend(self) -> None:
+        """As if nothing had been."""
+        self.delay, self.answer = 0.0, b""
+        self._flow.set()
+        if self.refuses:
+            await self.start()
 
     def stall(self) -> None:
         """Keep connections open and pass nothing on."""
@@ -46,17 +74,26 @@ class Proxy:
             writer.transport.abort()
             return
         self._writers |= {writer, far_writer}
+        self._near.add(writer)
         try:
-            await asyncio.gather(self._copy(reader, far_writer), self._copy(far_reader, writer))
+            await asyncio.gather(self._copy(reader, far_writer, writer), self._copy(far_reader, writer))
         finally:
             self._writers -= {writer, far_writer}
+            self._near.discard(writer)
 
-    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError):
+    async def _copy(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, back: asyncio.StreamWriter | None = None
+    ) -> None:
+        """`back`: to whom the bytes come from, when that is the gateway."""
+        with suppress(OSError, RuntimeError):  # a half that is closed takes no more
             while data := await reader.read(1 << 16):
                 await self._flow.wait()
-                writer.write(data)
-                await writer.drain()
+                if self.delay:
+                    await asyncio.sleep(self.delay)
+                answers = back is not None and self.answer and self.answered in data
+                target = back if answers and back is not None else writer
+                target.write(self.answer if answers else data)
+                await target.drain()
         writer.close()
 
 

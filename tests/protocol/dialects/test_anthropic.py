@@ -502,9 +502,16 @@ def test_a_last_event_without_its_blank_line_counts() -> None:
 # --- streams that break -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("end", [b"", text("b")[:40], text("b").rstrip(b"\n"), finish()])
-def test_a_stream_without_its_last_word_is_truncated(end: bytes) -> None:
+@pytest.mark.parametrize("end", [b"", text("b")[:40], text("b").rstrip(b"\n"), finish()[:60]])
+def test_a_stream_without_its_stop_reason_is_truncated(end: bytes) -> None:
     assert isinstance(failure(start(), text("a"), end), UpstreamTruncated)
+
+
+def test_a_stream_that_ends_after_its_stop_reason_is_whole() -> None:
+    anthropic = translator()
+    anthropic.feed(start() + text("a") + finish())
+    assert [chunk.data for chunk in anthropic.flush()] == [DONE]
+    assert anthropic.done
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What is particular to OpenAI's dialect; what all dialects promise is in tests/protocol/test_streams.py."""
 
 import json
+import re
 from typing import Any
 
 import orjson
@@ -98,6 +99,59 @@ def test_usage_is_not_asked_for_where_that_is_an_error() -> None:
 def test_unknown_fields_and_limits_are_not_touched() -> None:
     fields = {"max_tokens": 5, "max_completion_tokens": 6, "chat_template_kwargs": {"enable_thinking": False}}
     assert sent(fields).items() >= fields.items()
+
+
+# What providers know by another name is a row of theirs, as in providers.toml.
+
+
+def test_nothing_is_changed_for_a_provider_whose_quirks_the_request_does_not_meet() -> None:
+    body = b'{ "model" : "test-model", "messages":[{"role":"user","content":"hi","n":1.0}], "temperature":1e0 }'
+    row = {"renames": {"seed": "random_seed"}, "drops": ["user"], "roles": {"developer": "system"}, "tool_id_length": 9}
+    asked = OpenAITranslator(make_call("openai", body=body, provider={**row, "asks_usage": False})).request()
+    assert asked.body == body
+
+
+def test_a_parameter_goes_by_the_providers_name_for_it() -> None:
+    row = {"renames": {"max_completion_tokens": "max_tokens", "seed": "random_seed"}}
+    asked = sent({"max_completion_tokens": 5, "seed": 7, "top_k": 3}, provider=row)
+    assert (asked["max_tokens"], asked["random_seed"], asked["top_k"]) == (5, 7, 3)
+    assert asked.keys().isdisjoint(row["renames"])
+    assert asked["stream_options"] == {"include_usage": True}
+    both = sent({"max_completion_tokens": 5, "max_tokens": 6}, provider=row)
+    assert (both["max_tokens"], "max_completion_tokens" in both) == (6, False), "who says both is taken at that word"
+    assert sent({"max_completion_tokens": 5, "max_tokens": None}, provider=row)["max_tokens"] == 5
+
+
+def test_what_a_provider_refuses_is_left_out() -> None:
+    row = {"drops": ["store", "stream_options"], "asks_usage": False}
+    asked = sent({"store": True, **ASKING}, provider=row, target={"model": "theirs"})
+    assert asked.keys() == {"model", "messages", "stream"}
+    assert asked["model"] == "theirs"
+
+
+def test_roles_and_ids_of_tool_calls_are_the_providers_and_still_belong_together() -> None:
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "Weather?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {"id": "call_abc123", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+                {"id": "Ab3dEf6h9", "type": "function", "function": {"name": "g", "arguments": "{}"}},
+            ],
+        },
+        {"role": "tool", "tool_call_id": "call_abc123", "content": "sun"},
+        {"role": "tool", "tool_call_id": "Ab3dEf6h9", "content": "rain"},
+    ]
+    asked = sent({"messages": messages}, provider={"roles": {"developer": "system"}, "tool_id_length": 9})["messages"]
+    assert [message["role"] for message in asked] == ["system", "user", "assistant", "tool", "tool"]
+    first, second = (call["id"] for call in asked[2]["tool_calls"])
+    assert (first, second) == (asked[3]["tool_call_id"], asked[4]["tool_call_id"])
+    assert re.fullmatch("[A-Za-z0-9]{9}", first), "what Mistral demands of an id"
+    assert second == "Ab3dEf6h9", "one that fits is kept"
+    assert asked[2]["tool_calls"][0]["function"] == messages[2]["tool_calls"][0]["function"]  # type: ignore[index]
+    assert sent({"messages": messages})["messages"] == messages
 
 
 # --- a stream -----------------------------------------------------------------------------------------------------
@@ -626,7 +680,7 @@ def test_the_field_that_fastapi_names_is_the_param() -> None:
 def test_a_missing_model_has_a_code_of_ours_when_the_provider_gives_none() -> None:
     assert error(404, {"error": {"message": "no such model", "code": None}}).error_code == "model_not_found"
     assert error(404, b"404 page not found").error_code == "model_not_found"
-    assert error(404, {"error": {"code": "DeploymentNotFound"}}).error_code == "DeploymentNotFound"
+    assert error(404, {"error": {"code": "DeploymentNotFound"}}).error_code == "model_not_found"
     assert error(413).error_code == "request_too_large"
 
 
@@ -669,8 +723,9 @@ def test_a_credential_refused_with_another_status_is_refused_all_the_same() -> N
     ],
 )
 def test_a_message_that_may_quote_a_key_is_hidden_whatever_the_status(message: str) -> None:
-    for status in (400, 404, 429, 500, 503):
+    for status in (404, 429, 500, 503):
         assert error(status, {"error": {"message": message}}).message == HIDDEN
+    assert message not in error(400, {"error": {"message": message}}).message
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,8 @@ class AnthropicTranslator:
             self._dispatch(event, json_object(event.data))
         if self._error is not None:
             raise self._error
+        if not self._done and self._chunks.finish_reason is not None:
+            self._message_stop({})  # all was said but the goodbye
         if not self._done:
             raise UpstreamTruncated("the provider's stream ended before its message_stop")
         return self._chunks.out

@@ -24,6 +24,7 @@ from gateway.protocol.dialects.openai.reading import (
     text_of,
     usage_of,
 )
+from gateway.protocol.dialects.openai.request import request
 from gateway.protocol.errors import (
     EventTooLarge,
     GatewayError,
@@ -31,7 +32,7 @@ from gateway.protocol.errors import (
     UpstreamError,
     UpstreamTruncated,
 )
-from gateway.protocol.json_object import edit_object, read_json
+from gateway.protocol.json_object import read_json
 from gateway.protocol.refusals import refusal, reported
 from gateway.protocol.sse import DONE, MAX_EVENT, Event, SSEDecoder, data_event, decode_event
 from gateway.protocol.usage import Usage
@@ -76,16 +77,7 @@ class OpenAITranslator:
         return self._done
 
     def request(self) -> UpstreamRequest:
-        chat, target = self._call.chat, self._call.target
-        changes: dict[str, Any] = {}
-        if target.model != chat.model:
-            changes["model"] = target.model
-        if chat.stream and target.provider.asks_usage and not chat.wants_usage:
-            options = chat.fields.get("stream_options") or {}
-            changes["stream_options"] = {**options, "include_usage": True}
-        return UpstreamRequest(
-            "/chat/completions", edit_object(chat.body, changes, chat.fields) if changes else chat.body
-        )
+        return request(self._call)
 
     # --- a stream ---
 

@@ -1,0 +1,322 @@
+"""One try at one target: its provider's answer, on its way to the client.
+
+Rule 1: once a byte was sent there is one status line and no other; what goes wrong then is an error event, no `[DONE]`.
+Rule 2: until the provider's first chunk nothing is sent for one heartbeat interval, so that an error keeps its status.
+Rule 3: whatever happens, the provider's connection is ended here, and the exchange and the turn say how it ended.
+Rule 4: what no budget pays for is not sent on: a stream ends in the middle as one that reached its maximum.
+"""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+
+from aiohttp import web
+
+from gateway.appkeys import METRICS, RECORDER, SETTINGS, UPSTREAM, root
+from gateway.balancer import Turn
+from gateway.client import Client
+from gateway.deadline import Deadline
+from gateway.exchange import Exchange, Outcome
+from gateway.protocol.chat import Call, UpstreamRequest
+from gateway.protocol.dialects import DIALECTS
+from gateway.protocol.errors import (
+    GatewayError,
+    InternalError,
+    KeyEnded,
+    ShuttingDown,
+    UpstreamBadBody,
+    UpstreamError,
+    UpstreamRateLimited,
+    UpstreamRejected,
+    UpstreamTimeout,
+)
+from gateway.protocol.meter import Meter
+from gateway.protocol.usage import Usage
+from gateway.protocol.whole import Whole
+from gateway.stream import Stream, Tally
+from gateway.upstream import MAX_ERROR_BODY, Answer
+
+log = logging.getLogger("gateway.relay")
+
+# It was not reached, or refused or died before it generated anything: nothing is billed.
+_NOTHING_BILLED = frozenset(
+    {
+        "connect", "dns", "tls", "timeout_connect", "reset", "protocol", "redirect", "auth", "http_429", "http_4xx",
+        "http_5xx",
+    }
+)  # fmt: skip
+
+
+class Attempt:
+    """Its exchange's outcome, status and error_code are written here, and by the relay when all is over."""
+
+    __slots__ = (
+        "_client",
+        "_dialect",
+        "_drain_seconds",
+        "_exchange",
+        "_gathered",
+        "_meter",
+        "_metrics",
+        "_reached",
+        "_recorder",
+        "_request",
+        "_settings",
+        "_status",
+        "_stream",
+        "_tally",
+        "_target",
+        "_turn",
+        "_upstream",
+        "asked_for",
+        "translator",
+    )
+
+    def __init__(
+        self, request: web.Request, exchange: Exchange, client: Client, turn: Turn, call: Call, meter: Meter
+    ) -> None:
+        assert exchange.principal is not None and exchange.chat is not None
+        app = root(request)
+        self._request = request
+        self._exchange = exchange
+        self._client = client
+        self._turn = turn
+        self._target = call.target
+        self._stream = call.chat.stream
+        # The provider streams, and the client wants a whole answer.
+        self._gathered = Whole() if call.chat.stream and not exchange.chat.stream else None
+        self._drain_seconds = exchange.principal.drain_seconds
+        self._dialect = DIALECTS[call.target.provider.dialect]
+        self.translator = self._dialect.translator(call)
+        self._meter = meter
+        self._upstream = app[UPSTREAM]
+        self._recorder = app[RECORDER]
+        self._settings = app[SETTINGS]
+        self._metrics = app[METRICS]
+        self._tally = Tally(exchange, self._meter, self._metrics.tokens_live(exchange.model, call.target.provider.name))
+        self._reached = False  # there is a connection to the provider
+        self._status = 0  # of a refusal of the provider's
+        self.asked_for: float | None = None  # seconds that it wants to be left alone
+
+    def run(self, to_send: UpstreamRequest) -> Coroutine[None, None, web.StreamResponse]:
+        """Raises GatewayError only while no byte was sent."""
+        answering = self._answer(to_send)
+        return self._outlive(answering) if self._drain_seconds else answering
+
+    def _answer(self, to_send: UpstreamRequest) -> Coroutine[None, None, web.StreamResponse]:
+        if not self._stream:
+            return self._answer_whole(to_send)
+        if self._gathered is None:
+            return self._answer_stream(to_send)
+        return self._answer_gathered(to_send, self._gathered)
+
+    async def _outlive(self, answering: Coroutine[None, None, web.StreamResponse]) -> web.StreamResponse:
+        """The client may leave: the provider is read on for a while, so that its own figures come."""
+        task = asyncio.create_task(answering)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            self._client.leave()
+            await asyncio.wait({task}, timeout=self._drain_seconds)
+            raise
+        finally:
+            task.cancel()
+            await asyncio.wait({task})
+            error = None if task.cancelled() else task.exception()
+            if self._client.left and error is not None and not isinstance(error, GatewayError | ConnectionError):
+                self._metrics.internal_errors.labels("stream").inc()  # nobody else is left to hear of it
+                log.error("an outlived exchange failed", exc_info=error)
+
+    # --- a stream
+
+    async def _answer_stream(self, to_send: UpstreamRequest) -> web.StreamResponse:
+        self._metrics.streams_open.inc()
+        try:
+            await self._send_stream(to_send)
+            return await self._client.end()
+        finally:
+            self._metrics.streams_open.dec()
+
+    async def _send_stream(self, to_send: UpstreamRequest) -> None:
+        """All of the stream but its end. Raises GatewayError only while no byte was sent."""
+        try:
+            last = await self._pump(await self._open(to_send))
+            await self._recorder.settle(self._exchange)
+            if last:
+                self._client.write(last)
+        except GatewayError as error:
+            if not self._client.prepared:
+                raise
+            await self._break(error)
+        except Exception as error:
+            # A bug of ours must not leave the client with half an answer that looks whole.
+            if isinstance(error, ConnectionError) or not self._client.prepared:
+                raise
+            self._metrics.internal_errors.labels("stream").inc()
+            log.exception("stream failed", extra={"fields": {"request_id": self._exchange.id}})
+            await self._break(InternalError("the gateway failed in the middle of the answer"))
+
+    async def _break(self, error: GatewayError) -> None:
+        self.note(error)
+        self._exchange.status = 200
+        await self._recorder.settle(self._exchange)
+        self._client.write(error.event())
+
+    async def _open(self, to_send: UpstreamRequest) -> Answer:
+        """The provider's answer, once it is one that streams. Raises UpstreamError."""
+        limit = self._settings.gateway_first_byte_timeout
+        try:
+            with Deadline(limit) as self._client.deadline:
+                answer = await self._post(to_send)
+                if answer.status != 200:
+                    raise await self._refusal(answer)
+        except TimeoutError:
+            raise self._late(limit, f"sent no answer within {limit:g} s", "timeout_headers") from None
+        finally:
+            self._client.deadline = None
+        if answer.content_type in ("text/html", "application/json") and answer.content_type != self._dialect.media_type:
+            answer.close()
+            raise UpstreamBadBody(f"{self._target.provider.name} answered with {answer.content_type}, not a stream")
+        self._turn.answered()
+        return answer
+
+    async def _pump(self, answer: Answer) -> bytes:
+        """All of the stream but its last chunk, which it gives."""
+        stream = Stream(
+            self._exchange,
+            self.translator,
+            self._tally,
+            self._client,
+            self._recorder,
+            gathered=self._gathered,
+            limit=self._settings.gateway_max_reply,
+        )
+        self._client.answer = answer
+        try:
+            last = await stream.run(answer)
+        except BaseException:
+            answer.close()
+            raise
+        finally:
+            self._client.answer = None
+            stream.settle()
+        if last is None:
+            answer.close()
+            return await self._cut()
+        answer.finish()
+        self._done("ok")
+        return last
+
+    async def _cut(self) -> bytes:
+        """The last words of a stream that nothing is left to pay for: those of one that reached its maximum."""
+        self._meter.finish_reason = "length"
+        self._done("budget_exhausted")
+        await self._recorder.counted(self._exchange)
+        usage, _ = self._meter.result()
+        return self.translator.cut(usage)
+
+    # --- a whole answer
+
+    async def _answer_whole(self, to_send: UpstreamRequest) -> web.StreamResponse:
+        limit = self._settings.gateway_total_timeout
+        try:
+            with Deadline(limit) as self._client.deadline:
+                answer = await self._post(to_send)
+                if answer.status != 200:
+                    raise await self._refusal(answer)
+                body = await self._whole(answer, self._settings.gateway_max_reply)
+        except TimeoutError:
+            raise self._late(limit, f"did not finish its answer within {limit:g} s", "timeout_total") from None
+        finally:
+            self._client.deadline = None
+        reply = self.translator.reply(body)
+        self._tally.count(reply.text, reply.usage, reply.finish_reason)
+        return await self._client.send_whole(reply.body, self._before_last)
+
+    async def _before_last(self) -> None:
+        """The last byte of a whole answer."""
+        self._done("ok")
+        await self._settle()
+
+    async def _answer_gathered(self, to_send: UpstreamRequest, whole: Whole) -> web.StreamResponse:
+        """Made of a stream, which a budget may have ended in the middle."""
+        limit = self._settings.gateway_total_timeout
+        try:
+            async with asyncio.timeout(limit):
+                last = await self._pump(await self._open(to_send))
+        except TimeoutError:
+            raise self._late(limit, f"did not finish its answer within {limit:g} s", "timeout_total") from None
+        whole.add(last)
+        return await self._client.send_whole(whole.body(), self._settle)
+
+    async def _settle(self) -> None:
+        await self._recorder.settle(self._exchange)
+
+    # --- both
+
+    def _done(self, outcome: Outcome) -> None:
+        """All is there that will come, whether the client is or not."""
+        self._exchange.outcome = "client_abort" if self._client.left else outcome
+        self._exchange.status = 0 if self._client.left and not self._client.prepared else 200
+
+    def _late(self, limit: float, words: str, kind: str) -> GatewayError:
+        """What a time-out means: an interruption, a connection that never was, or a provider that is too slow."""
+        if self._client.interrupted is not None:
+            return self._client.interrupted
+        if not self._reached:
+            words, kind = f"could not be connected to within {limit:g} s", "timeout_connect"
+        return UpstreamTimeout(f"{self._target.provider.name} {words}", kind=kind)
+
+    async def _post(self, to_send: UpstreamRequest) -> Answer:
+        named = to_send._replace(headers={**to_send.headers, "X-Request-Id": self._exchange.id})
+        answer = await self._upstream.post(self._target, named, self._request.headers, self._connected)
+        if answer.request_id:
+            self._exchange.headers["X-Upstream-Request-Id"] = answer.request_id
+        return answer
+
+    def _connected(self) -> None:
+        """From here on the provider may bill: a usage row is due."""
+        self._reached = self._exchange.connected = True
+
+    async def _refusal(self, answer: Answer) -> GatewayError:
+        self._status = answer.status
+        self.asked_for = answer.retry_after if answer.retry_after is not None else answer.exhausted_for or None
+        return self.translator.error(answer.status, await self._whole(answer, MAX_ERROR_BODY), answer.retry_after)
+
+    async def _whole(self, answer: Answer, limit: int) -> bytes:
+        try:
+            body = await answer.body(limit)
+        except BaseException:
+            answer.close()
+            raise
+        answer.finish()
+        return body
+
+    @property
+    def untouched(self) -> bool:
+        """Nothing of an answer was sent or counted: another may be asked in its place."""
+        return not (self._client.prepared or self._client.left or self._meter.bytes_out)
+
+    def note(self, error: GatewayError) -> None:
+        """How the exchange ended, from what ended it."""
+        exchange = self._exchange
+        exchange.status, exchange.error_code = error.http_status, error.error_code or ""
+        exchange.outcome = _outcome(error)
+        if self._client.left:
+            exchange.outcome = "client_abort"
+        if not isinstance(error, UpstreamError):
+            return
+        self._turn.failed(error, self._status, self.asked_for)
+        self._metrics.upstream_errors.labels(self._target.provider.name, error.kind).inc()
+        if error.kind in _NOTHING_BILLED and not self._meter.bytes_out and self._meter.usage is None:
+            self._meter.usage = Usage(0, 0)
+
+
+def _outcome(error: GatewayError) -> Outcome:
+    if isinstance(error, ShuttingDown | KeyEnded):
+        return "interrupted"
+    if isinstance(error, UpstreamTimeout):
+        return "upstream_timeout"
+    if isinstance(error, UpstreamRejected | UpstreamRateLimited):
+        return "rejected"
+    return "upstream_error" if isinstance(error, UpstreamError) else "gateway_error"
