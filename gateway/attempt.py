@@ -38,6 +38,8 @@ from gateway.upstream import MAX_ERROR_BODY, Answer
 
 log = logging.getLogger("gateway.relay")
 
+ASKED, OK = "asked", "ok"  # of who is asked, in X-Gateway-Attempts: a heartbeat may send it before there is an answer
+
 # It was not reached, or refused or died before it generated anything: nothing is billed.
 _NOTHING_BILLED = frozenset(
     {
@@ -123,7 +125,10 @@ class Attempt:
             task.cancel()
             await asyncio.wait({task})
             error = None if task.cancelled() else task.exception()
-            if self._client.left and error is not None and not isinstance(error, GatewayError | ConnectionError):
+            if self._client.left and isinstance(error, GatewayError):
+                self.note(error)  # nobody else hears of it, and what a provider refused is not billed
+                self._exchange.status = 0
+            elif self._client.left and error is not None and not isinstance(error, ConnectionError):
                 self._metrics.internal_errors.labels("stream").inc()  # nobody else is left to hear of it
                 log.error("an outlived exchange failed", exc_info=error)
 
@@ -178,6 +183,7 @@ class Attempt:
             answer.close()
             raise UpstreamBadBody(f"{self._target.provider.name} answered with {answer.content_type}, not a stream")
         self._turn.answered()
+        self._tell_ok()
         return answer
 
     async def _pump(self, answer: Answer) -> bytes:
@@ -230,6 +236,7 @@ class Attempt:
         finally:
             self._client.deadline = None
         reply = self.translator.reply(body)
+        self._tell_ok()
         self._tally.count(reply.text, reply.usage, reply.finish_reason)
         return await self._client.send_whole(reply.body, self._before_last)
 
@@ -277,6 +284,10 @@ class Attempt:
     def _connected(self) -> None:
         """From here on the provider may bill: a usage row is due."""
         self._reached = self._exchange.connected = True
+
+    def _tell_ok(self) -> None:
+        headers = self._exchange.headers
+        headers["X-Gateway-Attempts"] = headers["X-Gateway-Attempts"].removesuffix(ASKED) + OK
 
     async def _refusal(self, answer: Answer) -> GatewayError:
         self._status = answer.status

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, 
 from time import monotonic
 from typing import Any
 
-from gateway.breaker import REFUSED, SHORTEST, Breaker, Health, State
+from gateway.breaker import PROBE, REFUSED, SHORTEST, Breaker, Health, State
 from gateway.protocol.errors import (
     GatewayError,
     ProviderAuth,
@@ -50,12 +50,13 @@ Excluded = Collection[str | tuple[str, str]]
 class Turn:
     """One attempt's place at a target, from its choice to its end. Made by `Balancer.begin`."""
 
-    __slots__ = ("_balancer", "_health", "_over", "_probes", "started", "target")
+    __slots__ = ("_balancer", "_health", "_over", "_probes", "again", "started", "target")
 
     def __init__(self, balancer: "Balancer", target: Target, health: Health, now: float) -> None:
         self._balancer = balancer
         self._health = health
         self._over = False
+        self.again = False  # its exchange has failed at this provider before: a failure that repeats itself counts once
         self.target = target
         self.started = health.begun = now
         breaker = health.breaker
@@ -63,12 +64,17 @@ class Turn:
         breaker.in_flight += 1
         self._probes = False
         if breaker.open_until and breaker.probes(target):
-            self._probes = breaker.probing = True
+            self._probes, breaker.probing_until = True, now + PROBE
+
+    @property
+    def finds_out(self) -> bool:
+        """It probes, and the breaker was neither closed nor opened again since it began."""
+        breaker = self._health.breaker
+        return self._probes and bool(breaker.open_until) and breaker.opened <= self.started
 
     def answered(self) -> None:
         """The provider's answer has begun well: whoever waits for a probe need not wait for its end."""
-        if self._probes:
-            self._probes = False
+        if self.finds_out:
             self._health.breaker.close()
 
     def ok(self, first_text: float = 0.0) -> None:
@@ -98,7 +104,7 @@ class Turn:
         health.in_flight -= 1
         health.breaker.in_flight -= 1
         if self._probes:
-            health.breaker.probing = False
+            health.breaker.probing_until = 0.0
 
 
 class Balancer:
@@ -119,15 +125,16 @@ class Balancer:
         self.retrying = 0  # exchanges that ask a provider once more
 
     def follow(self, providers: Mapping[str, Provider]) -> None:
-        """These are all, and how they are reached and paid for may be new: refused credentials are forgiven."""
-        self._marks = {name: mark_of(name, p.base_url, p.api_key or "") for name, p in providers.items()}
-        self._listed &= providers.keys()
-        for name, breaker in list(self._breakers.items()):
-            if name not in providers:
-                del self._breakers[name]
-            elif breaker.refused:
+        """These are all. One with a new address or credential is a new one; refused credentials are forgiven."""
+        marks = {name: mark_of(name, p.base_url, p.api_key or "") for name, p in providers.items()}
+        same = {name for name, mark in marks.items() if self._marks.get(name) == mark}
+        self._marks = marks
+        self._listed &= same
+        self._breakers = {name: breaker for name, breaker in self._breakers.items() if name in same}
+        for breaker in self._breakers.values():
+            if breaker.refused:
                 breaker.close()
-        for key in [key for key in self._healths if key[0] not in providers]:
+        for key in [key for key in self._healths if key[0] not in same]:
             del self._healths[key]
 
     def forget(self) -> None:
@@ -196,6 +203,8 @@ class Balancer:
         ):
             words = f"{names} takes no more requests for this model at the moment; try again in {wait:.0f} s"
             return UpstreamRateLimited(words, retry_after=wait)
+        if every and all(health.breaker.refused and not health.breaker.admits(target, now) for target, health in every):
+            return ProviderAuth(f"{names} refused this gateway's credential; its operator has to mend it")
         words = f"no provider of this model can be asked at the moment ({names}); try again in {wait:.0f} s"
         return UpstreamUnavailable(words, retry_after=wait)
 
@@ -218,21 +227,19 @@ class Balancer:
         breaker = health.breaker
         if isinstance(error, ProviderAuth) and status in (400, 401):  # a 403 may be for what was asked
             breaker.refuse(now)
-            turn._probes = False
             self._announce(health, "refused", REFUSED)
         elif isinstance(error, _BLAMELESS):
             turn.answered()
-        elif turn._probes:
-            turn._probes = False
+        elif turn.finds_out:
             breaker.fail_probe(now)
-        else:
+        elif not (turn.again or (own and status)):  # what it answers to a caller's credential is between those two
             breaker.fail(now)
         if isinstance(error, UpstreamRateLimited) and not own:
             seconds = NO_QUOTA if error.error_code == "insufficient_quota" else _cooling(wait)
-            health.limited_until = max(health.limited_until, now + seconds)
+            health.limit(now + seconds)
             self._announce(health, "limited", seconds)
         elif isinstance(error, UpstreamOverloaded) and wait is not None:
-            health.busy_until = max(health.busy_until, now + _cooling(wait))
+            health.leave_alone(now + _cooling(wait))
             self._announce(health, "busy", _cooling(wait))
 
     def _announce(self, health: Health, cause: Cause, seconds: float) -> None:
@@ -254,9 +261,9 @@ class Balancer:
         health = self._healths.get((name, outage.model)) or self._add((name, outage.model))
         until = now + _cooling(outage.seconds)
         if outage.cause == "limited":
-            health.limited_until = max(health.limited_until, until)
+            health.limit(until)
         else:
-            health.busy_until = max(health.busy_until, until)
+            health.leave_alone(until)
 
     # --- the active look ----------------------------------------------------------------------------------------------
 
@@ -283,8 +290,10 @@ class Balancer:
     def state(self, name: str) -> State:
         """A provider's; `cooling`: some of its models are left alone, because it asked for that."""
         breaker, now = self._breakers.get(name), self._clock()
-        state = breaker.state(now) if breaker is not None else "closed"
-        return "cooling" if state == "closed" and any(self._cooling_models(name, now)) else state
+        if breaker is None:
+            return "closed"
+        state = breaker.state(now)
+        return "cooling" if state == "closed" and now < breaker.cooling_until else state
 
     def is_in(self, name: str, state: State) -> bool:
         return self.state(name) == state
@@ -309,6 +318,9 @@ class Balancer:
         }
 
     def _cooling_models(self, name: str, now: float) -> Iterator[tuple[str, float]]:
+        breaker = self._breakers.get(name)
+        if breaker is None or now >= breaker.cooling_until:
+            return  # clients make up thousands of names, and most of the time none of them is left alone
         for (provider, model), health in self._healths.items():
             if provider == name and (left := health.cooling(now)):
                 yield model, left

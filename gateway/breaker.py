@@ -8,6 +8,7 @@ from gateway.protocol.routing import Target
 FAILURES, WINDOW = 5, 10.0  # failures within so many seconds open it, unless as many requests went well
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 60.0  # seconds that it is open; each probe that fails doubles it
 REFUSED = 60.0  # seconds without a provider that refused the operator's credential
+PROBE = 5.0  # seconds that one request finds out alone; an answer that is not streamed may take minutes
 SHORTEST = 1.0  # seconds; nobody is told to come back sooner
 LOOKED = 4.0  # seconds that a look which failed keeps it open
 
@@ -22,8 +23,8 @@ class Breaker:
     """
 
     __slots__ = (
-        "_failures", "_misled", "_pause", "_shown", "in_flight", "name", "open_until", "opened", "probing", "refused",
-        "successes",
+        "_failures", "_misled", "_pause", "_shown", "cooling_until", "in_flight", "name", "open_until", "opened",
+        "probing_until", "refused", "successes",
     )  # fmt: skip
 
     def __init__(self, name: str) -> None:
@@ -31,18 +32,19 @@ class Breaker:
         self.in_flight = 0
         self.successes = 0
         self._failures: deque[tuple[float, int]] = deque(maxlen=FAILURES)  # when, and after how many successes
-        self.open_until = 0.0  # seconds, monotonic
+        self.cooling_until = 0.0  # when the last of its targets has cooled down, seconds, monotonic
+        self.open_until = 0.0  # likewise
         self.opened = 0.0  # likewise
         self._pause = FIRST_PAUSE  # of the next opening
         self.refused = False  # it is open because the operator's credential was refused
-        self.probing = False  # a request is finding out
+        self.probing_until = 0.0  # a request is finding out, and no other till then
         self._shown = False  # its list of models could be had, so it was made half-open
         self._misled = False  # and yet the request failed: its list says nothing
 
     def admits(self, target: Target, now: float) -> bool:
         if not self.open_until or (self.refused and target.own_credential):
             return True
-        return now >= self.open_until and not self.probing
+        return now >= max(self.open_until, self.probing_until)
 
     def probes(self, target: Target) -> bool:
         """Whether a request that was admitted is the one that finds out."""
@@ -67,13 +69,13 @@ class Breaker:
         self.refused = True
 
     def _open(self, now: float, seconds: float) -> None:
-        self.opened, self.open_until = now, now + seconds
-        self.probing = self.refused = self._shown = False
+        self.opened, self.open_until, self.probing_until = now, now + seconds, 0.0
+        self.refused = self._shown = False
 
     def close(self) -> None:
         self._failures.clear()
-        self.open_until, self._pause = 0.0, FIRST_PAUSE
-        self.probing = self.refused = self._shown = self._misled = False
+        self.open_until, self.probing_until, self._pause = 0.0, 0.0, FIRST_PAUSE
+        self.refused = self._shown = self._misled = False
 
     def looked(self, now: float, *, listed: bool) -> None:
         """Its list of models was asked for, and could be had or not."""
@@ -91,7 +93,7 @@ class Breaker:
 
     def wait(self, now: float) -> float:
         """Seconds until it may be asked."""
-        return max(self.open_until - now, SHORTEST if self.probing else 0.0)
+        return max(self.open_until - now, min(self.probing_until - now, SHORTEST), 0.0)
 
 
 class Health:
@@ -121,6 +123,14 @@ class Health:
     def cooling(self, now: float, *, own: bool = False) -> float:
         """Seconds that are left of it."""
         return max(self.busy_until - now, 0.0 if own else self.limited_until - now, 0.0)
+
+    def limit(self, until: float) -> None:
+        self.limited_until = max(self.limited_until, until)
+        self.breaker.cooling_until = max(self.breaker.cooling_until, until)
+
+    def leave_alone(self, until: float) -> None:
+        self.busy_until = max(self.busy_until, until)
+        self.breaker.cooling_until = max(self.breaker.cooling_until, until)
 
     def note_first_text(self, seconds: float) -> None:
         self.first_text = 0.7 * self.first_text + 0.3 * seconds if self.first_text else seconds

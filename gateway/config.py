@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from gateway.config_file import ConfigFile, ModelRow, ProviderRow, RateRow
 from gateway.protocol.pricing import PricesError, PriceTable, price_table
-from gateway.protocol.routing import SAME_NAME, Plan, Provider, Routes, Share
+from gateway.protocol.routing import SAME_NAME, Plan, Provider, Routes, Share, is_pattern
 from gateway.settings import Settings, SettingsError, check_provider
 from gateway.toml_lines import KeyPath
 
@@ -44,7 +44,7 @@ def _own_file(settings: Settings) -> ConfigFile:
         return ConfigFile("GATEWAY_CONFIG", "")
     path = Path(settings.gateway_config)
     try:
-        return ConfigFile(str(path), path.read_text("utf-8"))
+        return ConfigFile(str(path), path.read_text("utf-8-sig"))
     except OSError as error:
         raise SettingsError(f"GATEWAY_CONFIG: cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -113,6 +113,8 @@ def _check_aliases(own: ConfigFile, known: Routes) -> None:
     for alias, meant in aliases.items():
         if not isinstance(meant, str) or not meant:
             problem = "the name of a model is required"
+        elif is_pattern(alias):
+            problem = "an alias is one name; what is meant of many is said under `models`"
         elif alias == meant:
             problem = "points to itself"
         elif meant in aliases:
@@ -127,6 +129,10 @@ def _check_plans(own: ConfigFile, known: Routes) -> None:
     configured = own.table("providers")  # one with a mistake of its own has been told about
     for name, plan in known.plans.items():
         path: KeyPath = ("models", name)
+        if not name:
+            own.wrong(path, "the name of a model, or a pattern, is required")
+        if not plan.shares and not plan.fallbacks:
+            own.wrong(path, "`targets` or `fallbacks` are required")
         if name in known.aliases:
             own.wrong(path, "an alias has this name, and comes first")
         for number, share in enumerate(plan.shares):
@@ -189,12 +195,20 @@ def _without(own: Mapping[str, Any], shipped: Mapping[str, Mapping[str, Any]]) -
     }
 
 
+_FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 5.6.2
+
+
 def _check_rows(own: ConfigFile, rows: Mapping[str, ProviderRow]) -> None:
     owners: dict[str, str] = {}
     for name, row in rows.items():
         path: KeyPath = ("providers", name)
         if not name or "/" in name:
             own.wrong(path, "a provider's name has no `/`: it stands before one, as `name/model`")
+        elif not re.fullmatch(r"[\w.-]+", name, re.ASCII):
+            own.wrong(path, "a provider's name is of ASCII letters, digits, `.`, `_` and `-`: it is sent in headers")
+        for header, value in row.headers.items():
+            if not _FIELD.fullmatch(header) or not (value.isascii() and value.isprintable()):
+                own.wrong((*path, "headers", header), "this cannot be sent as a header")
         if not row.base_url and not row.base_url_env:
             own.wrong((*path, "base_url"), "this key is required")
         if not re.fullmatch(r"[!-~]*", row.query) or "#" in row.query:

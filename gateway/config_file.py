@@ -91,6 +91,8 @@ class ConfigFile:
             raise ConfigError([f"{self.name}:{line}: {error}"]) from None
         except RecursionError:
             raise ConfigError([f"{self.name}: nested too deeply"]) from None
+        except ValueError:  # https://docs.python.org/3/library/stdtypes.html#int-max-str-digits
+            raise ConfigError([f"{self.name}: a number has too many digits"]) from None
         for name, table in tables.items():
             if name not in TABLES:
                 self.wrong((name,), f"there is no such table; there are {', '.join(TABLES)}")

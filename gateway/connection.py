@@ -36,14 +36,15 @@ LAST_READ = 1.0  # seconds that a connection which was refused has to read why
 # Of the time that a client may not read. Its progress is seen here when it has emptied our buffer, and the kernel takes
 # a megabyte from that at a time; of a chat's the pulse knows better.
 PATIENCE = 4
+RESERVED = 64  # descriptors for the stores, the journal, and whatever else is open
 
 
 class Connections:
     """All that are open in this process, and how many may be. Opened by app.py; each enters and leaves by itself."""
 
     def __init__(self, metrics: Metrics, *, header_timeout: float, write_timeout: float) -> None:
-        # A stream has two descriptors, its client's and its provider's: half of them all may be clients'.
-        self.most = _descriptors() // 2
+        # A stream has two descriptors, its client's and its provider's: half of what may be used is clients'.
+        self.most = max((_descriptors() - RESERVED) // 2, 1)
         self._header_timeout = header_timeout  # seconds
         self._write_timeout = write_timeout  # seconds
         self._metrics = metrics

@@ -44,7 +44,6 @@ _KERNEL_TIES = sys.platform == "linux"  # PR_SET_PDEATHSIG exists
 
 _POSTGRES_OPTIONS = {
     "listen_addresses": "",
-    "max_connections": "50",
     "shared_buffers": "32MB",
     "wal_level": "minimal",
     "max_wal_senders": "0",
@@ -65,8 +64,12 @@ async def open_database(settings: Settings) -> AsyncIterator[tuple[str, str]]:
     if settings.database_url and settings.redis_url:
         yield settings.database_url, settings.redis_url
         return
+    workers = settings.gateway_workers or os.cpu_count() or 1
     embedded = Embedded(
-        Path(settings.gateway_data_dir), postgres=not settings.database_url, redis=not settings.redis_url
+        Path(settings.gateway_data_dir),
+        postgres=not settings.database_url,
+        redis=not settings.redis_url,
+        connections=10 + 20 * workers,  # a pool of ten each, and while workers are replaced there are two in a place
     )
     try:
         await asyncio.to_thread(embedded.start)  # goes on in its thread when we are cancelled: `stop` ends it
@@ -81,12 +84,13 @@ class Embedded:
     `start` sets the URLs; the URL of a server that was not asked for stays empty.
     """
 
-    def __init__(self, data_dir: Path, *, postgres: bool, redis: bool) -> None:
+    def __init__(self, data_dir: Path, *, postgres: bool, redis: bool, connections: int = 50) -> None:
         self.database_url = ""
         self.redis_url = ""
         self._data = Path(data_dir).absolute()
         self._postgres = postgres
         self._redis = redis
+        self._connections = connections  # that Postgres takes at most
         self._lock = -1  # file descriptor
         self._sockets: Path | None = None
         self._servers: list[_Server] = []
@@ -126,7 +130,7 @@ class Embedded:
             self._servers.append(_start_valkey(home))
             self.redis_url = f"unix://{self._sockets}/valkey.sock"
         if self._postgres:  # second: Valkey reads its data while initdb runs
-            self._servers.append(_start_postgres(home))
+            self._servers.append(_start_postgres(home, max(50, self._connections)))
             self.database_url = f"postgresql://postgres@/postgres?host={self._sockets}"
         if not _KERNEL_TIES:
             self._watchdog = _start_watchdog(self._servers)
@@ -324,10 +328,11 @@ def _last_words(log: Path) -> str:
 # --- Postgres -----------------------------------------------------------------------------------------------------
 
 
-def _start_postgres(home: _Home) -> _Server:
+def _start_postgres(home: _Home, connections: int) -> _Server:
     programs = _find_postgres()
     data = _database_folder(home, programs)
-    options = {**_POSTGRES_OPTIONS, "unix_socket_directories": str(home.sockets)}
+    sockets = str(home.sockets)
+    options = {**_POSTGRES_OPTIONS, "unix_socket_directories": sockets, "max_connections": str(connections)}
     command = [str(programs / "postgres"), "-D", str(data)]
     for name, value in options.items():
         command += ["-c", f"{name}={value}"]

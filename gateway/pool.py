@@ -5,6 +5,7 @@ The one that came back last is taken first, so that those that are too many grow
 """
 
 import asyncio
+import errno
 import ipaddress
 import re
 import socket
@@ -54,10 +55,14 @@ class Origin(NamedTuple):
     port: int
 
 
+# What is short here, and not at the provider: descriptors, of this process or of the machine, and memory.
+_OURS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
 class Unreachable(Exception):
     """There is no connection, and nothing was sent. `words` has a place, `{}`, for who was to be reached."""
 
-    def __init__(self, kind: Literal["dns", "tls", "connect", "timeout_connect"], words: str) -> None:
+    def __init__(self, kind: Literal["dns", "tls", "connect", "timeout_connect", "exhausted"], words: str) -> None:
         super().__init__(words)
         self.kind = kind
         self.words = words
@@ -151,7 +156,9 @@ class Pool:
             raise Unreachable("timeout_connect", "{} could not be connected to in time") from None
         except ssl.SSLError:
             raise Unreachable("tls", "TLS with {} failed") from None
-        except OSError:
+        except OSError as error:
+            if error.errno in _OURS:
+                raise Unreachable("exhausted", "the gateway has no room for a connection to {}") from None
             raise Unreachable("connect", "{} cannot be reached") from None
         if connection.is_open:
             self._open.add(connection)

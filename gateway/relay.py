@@ -14,7 +14,7 @@ from time import monotonic, time
 from aiohttp import web
 
 from gateway.appkeys import BALANCER, METRICS, PULSE, RECORDER, root
-from gateway.attempt import Attempt
+from gateway.attempt import ASKED, Attempt
 from gateway.balancer import Turn
 from gateway.client import Client
 from gateway.exchange import Exchange
@@ -110,10 +110,12 @@ class _Asking:
     def begin(self) -> Turn:
         """At the target to ask next. Raises what went wrong before, or that nobody can be asked."""
         try:
-            return self._balancer.begin(self._exchange.route, self._excluded, self._said)
+            turn = self._balancer.begin(self._exchange.route, self._excluded, self._said)
         except GatewayError as out:
             self._tell(self._said)
             raise self._failure or out from None
+        turn.again = turn.target.provider.name in self._failed
+        return turn
 
     async def prepare(self, turn: Turn) -> tuple[Attempt, UpstreamRequest]:
         """All that comes before anything is sent. Raises GatewayError: then nothing was, and nobody was named."""
@@ -138,9 +140,11 @@ class _Asking:
         self._client.sent = monotonic()  # a heartbeat is due after an interval from here
         self._count(target)
         self._sent += 1
-        self._tell([*self._said, f"{target.provider.name}=ok"])
+        self._tell([*self._said, f"{target.provider.name}={ASKED}"])
         exchange.outcome = "interrupted"  # until we know better
         self._attempt = attempt
+        if self._client.interrupted is not None:  # while a budget was asked
+            raise self._client.interrupted
         return attempt, to_send
 
     def _count(self, target: Target) -> None:
@@ -162,6 +166,7 @@ class _Asking:
         """Notes what went wrong, and returns when another is to be asked. Else raises what the client is told."""
         attempt = self._attempt
         if attempt is None:
+            turn.left()
             self._pass_over(turn.target, error)
         else:
             self._fail(turn, error, attempt)
@@ -173,7 +178,9 @@ class _Asking:
     def _pass_over(self, target: Target, error: GatewayError) -> None:
         """A target that was not asked: its dialect cannot say it, or no budget pays for it."""
         if isinstance(error, InvalidRequest):
-            passed, word = self._sent or target not in self._exchange.route[0], "unsupported"
+            first = self._exchange.route[0]
+            others = {_key(other) for other in first} - {_key(target)} - self._lasting
+            passed, word = self._sent or bool(others) or target not in first, "unsupported"
         elif isinstance(error, PermissionDenied):  # no price is known for it
             passed, word = True, "unpaid"
             self._failure = self._failure or error
@@ -189,11 +196,12 @@ class _Asking:
         """An attempt that was made."""
         attempt.note(error)
         turn.left()
+        word = error.kind if isinstance(error, UpstreamError) else "interrupted"
+        self._said.append(f"{turn.target.provider.name}={word}")
+        self._tell(self._said)
         if not isinstance(error, UpstreamError):
             raise error
         self._failure = error
-        self._said.append(f"{turn.target.provider.name}={error.kind}")
-        self._tell(self._said)
         if not self._may_go_on(error, attempt):
             raise error
         self._exclude(turn.target, error, attempt)
@@ -203,6 +211,8 @@ class _Asking:
             return False  # the client's to mend, or text that was paid for
         if isinstance(error, UpstreamTimeout) and error.kind != "timeout_connect":
             return False  # the provider may be at it still
+        if error.kind in ("bad_event", "event_too_large"):
+            return False  # an answer that broke
         return self._sent < ATTEMPTS and attempt.untouched and not self._pulse.draining
 
     def _exclude(self, target: Target, error: UpstreamError, attempt: Attempt) -> None:

@@ -30,6 +30,12 @@ def reload(app: web.Application) -> bool:
         metrics.config_ok.set(0)
         log.error("the configuration is wrong, the one before it stays: %s", "; ".join(str(error).splitlines()))
         return False
+    except Exception:  # a bug, but none that should end what is being served
+        metrics.config_reloads.labels("failed").inc()
+        metrics.config_ok.set(0)
+        metrics.internal_errors.labels("task").inc()
+        log.exception("the configuration cannot be read, the one before it stays")
+        return False
     _use(app, config)
     metrics.config_reloads.labels("ok").inc()
     metrics.config_ok.set(1)

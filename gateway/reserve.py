@@ -13,6 +13,7 @@ from gateway.protocol.chat import PARSE_HERE, ChatRequest, max_output
 from gateway.protocol.errors import GatewayError, PermissionDenied, QuotaExhausted, RateLimited, Unavailable
 from gateway.protocol.meter import Meter
 from gateway.protocol.routing import Target
+from gateway.protocol.usage import Usage
 from gateway.protocol.whole import streamed
 from gateway.stores.budgets import SLICE, Reservation
 
@@ -36,6 +37,8 @@ async def reserve(request: web.Request, exchange: Exchange, target: Target, mete
         return chat
     if exchange.reservation is not None:
         exchange.reservation.settle(0, 0)
+        if exchange.meter is not None:  # so its row, if nobody else can be asked, says the same
+            exchange.meter.usage = Usage(0, 0)
     large = len(chat.body) > PARSE_HERE
     prompt_tokens = await asyncio.to_thread(meter.prompt_estimate) if large else meter.prompt_estimate()
     try:

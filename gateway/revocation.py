@@ -5,11 +5,13 @@ the keys of all open exchanges are looked at every few seconds as well, with one
 """
 
 import asyncio
-from contextlib import suppress
+import logging
 
 from gateway.protocol.errors import Unavailable
 from gateway.pulse import Pulse
 from gateway.stores.keys import KeyStore
+
+log = logging.getLogger("gateway.revocation")
 
 LOOK = 5.0  # seconds between two looks when no change is heard of
 REST = 1.0  # seconds between two looks at least
@@ -19,7 +21,11 @@ async def end_revoked(keys: KeyStore, pulse: Pulse) -> None:
     """Until it is cancelled. While Postgres is gone nothing is ended, as nothing is refused to a key that is known."""
     while True:
         await keys.wait_for_change(LOOK)
-        with suppress(Unavailable):
+        try:
             if pulse.open_keys:
                 pulse.end_keys(await keys.ended(pulse.open_keys))
+        except Unavailable:
+            pass
+        except Exception:  # a table that is being restored, a right that was taken: the next look may do better
+            log.exception("the keys of what is being answered cannot be looked at")
         await asyncio.sleep(REST)

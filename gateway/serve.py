@@ -148,7 +148,11 @@ async def _counted_together(metrics: Metrics, handover: Handover | None) -> Asyn
 
 async def _publish(metrics: Metrics) -> None:
     while True:
-        await asyncio.to_thread(metrics.publish)
+        try:
+            await asyncio.to_thread(metrics.publish)
+        except Exception:  # one page less; without this task the others would add up our last one for ever
+            metrics.internal_errors.labels("task").inc()
+            log.exception("metrics cannot be added up for the other workers")
         await asyncio.sleep(EVERY)
 
 

@@ -35,7 +35,7 @@ log = logging.getLogger("gateway.supervisor")
 BACKLOG = 1024  # connections that wait for a worker
 PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds before a worker that crashed is replaced; it doubles from one to the other
 STEADY = 60.0  # seconds that a worker lives until its slot's pauses are short again
-CRASHES, WITHIN = 3, 10.0  # of one slot, in so many seconds, and we give up
+CRASHES, WITHIN = 3, 10.0  # of one slot, in so many seconds, and we give up, unless another slot serves
 LAST = 30.0  # seconds beyond the drain that workers have for their last rows; then they are killed
 
 HANDOVER = "AI_GATEWAY_WORKER"  # environment variable
@@ -168,6 +168,18 @@ class Slot:
         self._ends.append(now)
         return None if len(self._ends) == CRASHES and now - self._ends[0] < WITHIN else self._pause
 
+    @property
+    def serves(self) -> bool:
+        worker = self.worker
+        return worker is not None and worker.status is None and worker.serves.done() and worker.serves.result()
+
+    def step_aside(self) -> None:
+        """Other slots take our clients until a worker listens again. Raises OSError."""
+        if sys.platform == "linux":  # elsewhere the sockets are those of all slots
+            fresh = [_bind(each.family, each.getsockname(), share=True) for each in self.sockets]
+            self.close()
+            self.sockets = fresh
+
     def close(self) -> None:
         for each in self.sockets:
             each.close()
@@ -229,6 +241,8 @@ class Supervisor:
                 if not await asyncio.shield(worker.serves):
                     return worker.status if worker.status in (1, 2) else 1
                 slot.worker = worker
+                if worker.status is not None:  # it has crashed while we waited for another
+                    await self._replace(slot, worker)
         return None
 
     def _start(self, slot: Slot) -> Worker:
@@ -285,14 +299,28 @@ class Supervisor:
                 return
             pause = slot.crashed(monotonic())
             if pause is None:
-                log.error("worker %d ended, %s: %d in its place in %g s, we give up", *_end(worker), CRASHES, WITHIN)
-                self._gave_up.set()
-                return
+                if not any(each.serves for each in self._slots):
+                    words = "worker %d ended, %s: %d in its place in %g s, we give up"
+                    log.error(words, *_end(worker), CRASHES, WITHIN)
+                    self._gave_up.set()
+                    return
+                # What ends new workers, a wrong file perhaps, is no reason to end those that serve.
+                with suppress(OSError):
+                    slot.step_aside()
+                pause = LONGEST_PAUSE
             log.error("worker %d ended, %s: another starts in %g s", *_end(worker), pause)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._ending.wait(), pause)
-            if not self._ending.is_set():
-                slot.worker = self._start(slot)
+            await self._rest(pause)
+            while not self._ending.is_set():
+                try:
+                    slot.worker = self._start(slot)
+                    return
+                except OSError as error:  # no memory, too many processes: those that serve go on
+                    log.error("no worker can be started, once more in %g s: %s", LONGEST_PAUSE, error.strerror)
+                    await self._rest(LONGEST_PAUSE)
+
+    async def _rest(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._ending.wait(), seconds)
 
     # --- what we are told
 

@@ -16,7 +16,7 @@ from gateway.answer import Answer, Broken, Sink
 from gateway.http1 import Connection
 from gateway.pool import Origin, Pool, Unreachable, parse_proxy
 from gateway.protocol.chat import UpstreamRequest
-from gateway.protocol.errors import UpstreamError, UpstreamTimeout, UpstreamUnreachable
+from gateway.protocol.errors import Overloaded, UpstreamError, UpstreamTimeout, UpstreamUnreachable
 from gateway.protocol.routing import Provider, Target
 from gateway.settings import Settings
 
@@ -81,6 +81,8 @@ class Upstream:
         try:
             answer = await self._exchange(name, origin, head, body, on_connected)
         except Unreachable as error:
+            if error.kind == "exhausted":
+                raise Overloaded(error.words.format(name), retry_after=1) from None
             failure = UpstreamTimeout if error.kind == "timeout_connect" else UpstreamUnreachable
             raise failure(error.words.format(name), kind=error.kind) from None
         except Broken as broken:

@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ TEXT = (ROOT / "compose.yaml").read_text()
 COMPOSE: Mapping[str, Any] = YAML(typ="safe").load(TEXT)
 SERVICES: Mapping[str, Any] = COMPOSE["services"]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
+ROWS = tomllib.loads((ROOT / "gateway" / "providers.toml").read_text())["providers"].values()
+PROVIDERS_VARIABLES = {value for row in ROWS for name, value in row.items() if name.endswith("_env")}
 
 
 def variables_of_env_example() -> dict[str, str]:
@@ -108,12 +111,20 @@ def test_every_variable_that_is_asked_for_is_explained() -> None:
 def test_env_example_holds_settings_that_the_gateway_knows_with_values_it_takes() -> None:
     variables = variables_of_env_example()
     known = {name.upper() for name in Settings.__struct_fields__}
-    assert set(variables) - known == {"POSTGRES_PASSWORD"}
-    load_settings(variables)
+    assert set(variables) - known - PROVIDERS_VARIABLES == {"POSTGRES_PASSWORD"}
+    load_config(load_settings(variables), variables)
+
+
+def test_env_example_names_what_switches_each_shipped_provider_on() -> None:
+    optional = {"VLLM_API_KEY", "LLAMACPP_API_KEY"}  # most people's servers have none
+    assert set(variables_of_env_example()) >= PROVIDERS_VARIABLES - optional
 
 
 def test_env_example_shows_the_real_defaults() -> None:
-    shown = {name.lower(): value for name, value in variables_of_env_example().items() if value}
+    examples = PROVIDERS_VARIABLES - {"OLLAMA_BASE_URL"}  # their addresses are nobody's default
+    shown = {
+        name.lower(): value for name, value in variables_of_env_example().items() if value and name not in examples
+    }
     elsewhere = {"database_url", "redis_url", "ollama_base_url"}  # examples of addresses
     defaults = {name: str(getattr(Settings(), name)) for name in shown}
     assert {name: shown[name] for name in shown.keys() - elsewhere} == {

@@ -371,7 +371,13 @@ requests_per_second = 0
         ('[models.m]\ntargets = [{ to = "openai" }]\n', "models.m.targets[0].to: `provider/model` is required"),
         ('[models.m]\ntargets = [{ to = "openai/gpt-*" }]\n', "models.m.targets[0].to: a `*` stands alone"),
         ("[models.m]\ntargets = [{}]\n", "gateway.toml:2: models.m.targets[0]: Object missing required field `to`"),
-        ('[aliases]\nm = "gpt-4o"\n[models.m]\n', "gateway.toml:3: models.m: an alias has this name"),
+        (
+            '[aliases]\nm = "gpt-4o"\n[models.m]\nfallbacks = ["gpt-4o"]\n',
+            "gateway.toml:3: models.m: an alias has this",
+        ),
+        ('[aliases]\n"gpt-*" = "claude-x"\n', 'gateway.toml:2: aliases."gpt-*": an alias is one name'),
+        ("[models.m]\n", "gateway.toml:1: models.m: `targets` or `fallbacks` are required"),
+        ('[models.""]\nfallbacks = ["gpt-4o"]\n', 'gateway.toml:1: models."": the name of a model'),
         ("[models.m]\ntarget = []\n", "gateway.toml:2: models.m.target: there is no such key"),
     ],
 )
@@ -402,11 +408,16 @@ def test_a_default_provider_that_is_none_stops_the_start() -> None:
 
 def test_the_readmes_example_of_another_provider_works(tmp_path: Path) -> None:
     example = "\n".join(re.findall(r"```toml\n(.*?)```", README.read_text(), re.DOTALL))
-    environ: dict[str, Any] = {**operators_file(tmp_path, example), "GROQ_API_KEY": "gsk"}
+    keys = {"GROQ_API_KEY": "gsk", "NEBIUS_API_KEY": "nbs", "OPENAI_API_KEY": "sk", "ANTHROPIC_API_KEY": "sk-ant"}
+    environ: dict[str, Any] = {**operators_file(tmp_path, example), **keys, "OLLAMA_BASE_URL": "http://localhost:11434"}
     config = load_config(load_settings(environ), environ)
     target = config.routes.resolve("fast")[0][0]
     assert (target.provider.name, target.model, target.credential) == ("groq", "llama-3.3-70b-versatile", "gsk")
-    assert config.routes.resolve("llama-3.3-anything")[0][0].provider.name == "groq"
+    assert config.routes.resolve("Qwen/Qwen3-32B")[0][0].credential == "nbs"
+    asked = [
+        [f"{target.provider.name}/{target.model}" for target in group] for group in config.routes.resolve("gpt-4o")
+    ]
+    assert asked == [["openai/gpt-4o"], ["anthropic/claude-sonnet-4-5"], ["ollama/llama3.2"]]  # no key of Azure's here
     own, local = config.prices.price("openai", "gpt-4o-2024-08-06"), config.prices.price("ollama", "llama3.2")
     assert own is not None
     assert local is not None

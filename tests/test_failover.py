@@ -350,18 +350,18 @@ async def test_a_provider_that_asks_for_patience_is_left_alone_by_all_and_the_cl
 async def test_a_breaker_opens_after_five_failures_answers_fast_and_is_closed_when_the_provider_is_back(
     start: Start, figure: Callable[[str], None]
 ) -> None:
-    # Its first answers are failures: the three attempts of one request, and the two of the next.
-    world = await start("status=500&times=5")
-    for _ in range(2):
+    # The attempts of one request count once: three each of four requests, and the first of the fifth.
+    world = await start("status=500&times=13")
+    for _ in range(5):
         await world.ask("alone")
     opened = monotonic()
-    assert len(world.calls) == 5
+    assert len(world.calls) == 13
     began = monotonic()
     refused: Answer = await world.ask("alone")
     took = monotonic() - began
     assert (refused.status, refused.code, refused.attempts) == (503, "upstream_unavailable", "openai=open")
     assert 1 <= int(refused.headers["Retry-After"]) <= 5
-    assert len(world.calls) == 5
+    assert len(world.calls) == 13
     state = world.gateway.app[appkeys.BALANCER].state
     assert (await world.ask()).headers["X-Gateway-Provider"] == "anthropic"
     while (await world.ask("alone")).status != 200:
@@ -380,7 +380,7 @@ async def test_a_credential_that_is_refused_takes_its_provider_out_and_siblings_
     assert (await world.ask("alone")).code == "provider_auth"
     await until(lambda: sibling.gateway.app[appkeys.BALANCER].state("openai") == "open")
     answer = await sibling.ask("alone")
-    assert (answer.status, answer.code, sibling.calls) == (503, "upstream_unavailable", [])
+    assert (answer.status, answer.code, sibling.calls) == (502, "provider_auth", [])
 
 
 async def start_beside(start: Start, world: Failover) -> Failover:

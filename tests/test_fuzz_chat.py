@@ -1,156 +1,148 @@
-"""P1: whatever OpenAI's own types allow in a chat request, and all that is next to it, never makes a server error.
+"""P1: whatever OpenAI's specification allows in a chat request, and all that is next to it, never makes a server error.
 
-The types are those of the official SDK, which is made from OpenAI's public specification
-(https://github.com/openai/openai-openapi, `CreateChatCompletionRequest`); the ranges of numbers are that document's.
-FUZZ_EXAMPLES says how many requests of each kind are made, and no two runs make the same: `FUZZ_EXAMPLES=5000 pytest
-tests/test_fuzz_chat.py`. Without it a few are made, the same each time.
+schemathesis (https://schemathesis.readthedocs.io) makes the requests, valid and broken ones: first field by field, then
+at random. The document it makes them from is written here, of the types of the official SDK, which is made from
+OpenAI's specification (https://github.com/openai/openai-openapi, `CreateChatCompletionRequest`); the ranges of numbers
+are that specification's. FUZZ_EXAMPLES says how many are made at random for each provider, and no two runs make the
+same: `FUZZ_EXAMPLES=5000 pytest tests/test_fuzz_chat.py`. Without it a few are made, the same each time.
 """
 
 import asyncio
 import json
 import os
-from collections import Counter
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from openai.types.chat import ChatCompletionMessageParam
+from openai.types.chat import ChatCompletion
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
+from pydantic import TypeAdapter
 
 from gateway import appkeys
-from tests.support.gateway import MODELS, Gateway, chat_body, running_gateway
+from tests.support.gateway import MODELS, Gateway, running_gateway
 
 pytestmark = pytest.mark.integration
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
-FUZZ = settings(
-    max_examples=EXAMPLES or 150,
-    derandomize=not EXAMPLES,
-    deadline=None,  # others run on these cores, too
-    suppress_health_check=list(
-        HealthCheck
-    ),  # the gateway is a fixture of all examples; large requests are slow to make
+CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_schema_conformance",
+    "unsupported_method",
 )
 # What the types call a number and the specification bounds.
-RANGES: dict[str, st.SearchStrategy[Any]] = {
-    "max_tokens": st.integers(1, 64),
-    "max_completion_tokens": st.integers(1, 64),
-    "temperature": st.floats(0, 2),
-    "top_p": st.floats(0, 1),
-    "frequency_penalty": st.floats(-2, 2),
-    "presence_penalty": st.floats(-2, 2),
-    "n": st.integers(1, 4),
-    "seed": st.integers(-(2**63), 2**63 - 1),
-    "top_logprobs": st.integers(0, 20),
+RANGES = {
+    "max_tokens": (1, 64),
+    "max_completion_tokens": (1, 64),
+    "temperature": (0, 2),
+    "top_p": (0, 1),
+    "frequency_penalty": (-2, 2),
+    "presence_penalty": (-2, 2),
+    "n": (1, 4),
+    "seed": (-(2**63), 2**63 - 1),
+    "top_logprobs": (0, 20),
 }
-ANYTHING: st.SearchStrategy[Any] = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=8,
-)
-# The types' word for any JSON, as in a tool's schema; any object at all might be endless.
-st.register_type_strategy(object, ANYTHING)
+# What a provider has no word for: one of these in a request hides all the others.
+LEFT_OUT = {
+    "openai": (),
+    "anthropic": ("audio", "functions", "modalities", "moderation", "web_search_options"),
+    "ollama": ("audio", "functions", "modalities", "parallel_tool_calls", "tool_choice", "web_search_options"),
+}
+WORD = {"type": ["string", "null"]}
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {"message": {"type": "string"}, "type": {"type": "string"}, "param": WORD, "code": WORD},
+            "additionalProperties": False,
+        }
+    },
+}
+# A chunk or the end; an error in the middle of a stream is neither.
+EVENT = {"type": "object", "properties": {"data": {"pattern": r'^(\{"id":"chatcmpl-|\[DONE\]$)'}}, "required": ["data"]}
 
 
-def plain(value: Any) -> Any:
-    """As JSON holds it: the types say Iterable, and the SDK takes a set or a generator for one."""
-    return json.loads(json.dumps(value, default=list))
+def document(provider: str) -> dict[str, Any]:
+    """The chat part of OpenAI's specification, of the provider's model and fields, as OpenAPI 3.1."""
+    schemas, definitions = TypeAdapter.json_schemas(
+        [
+            ("request", "validation", TypeAdapter(CompletionCreateParamsNonStreaming)),
+            ("answer", "validation", TypeAdapter(ChatCompletion)),
+        ],
+        ref_template="#/components/schemas/{model}",
+    )
+    components = definitions["$defs"]
+    fields = components["CompletionCreateParamsNonStreaming"]["properties"]
+    fields["model"] = {"enum": [MODELS[provider]]}
+    fields["stream"] = {"type": ["boolean", "null"]}  # the SDK has a second type for those that do
+    fields["messages"]["minItems"] = 1
+    for name, (low, high) in RANGES.items():
+        fields[name] = {"type": [fields[name]["anyOf"][0]["type"], "null"], "minimum": low, "maximum": high}
+    for name in LEFT_OUT[provider]:
+        del fields[name]
+    served = {
+        "application/json": {"schema": schemas["answer", "validation"]},
+        "text/event-stream": {"schema": EVENT},
+    }
+    chat = {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": schemas["request", "validation"]}},
+        },
+        "responses": {
+            "200": {"description": "The answer.", "content": served},
+            "4XX": {"description": "A refusal.", "content": {"application/json": {"schema": ERROR}}},
+        },
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Chat", "version": "1"},
+        "paths": {"/chat/completions": {"post": chat}},
+        "components": {"schemas": components},
+    }
 
 
-@st.composite
-def allowed(draw: st.DrawFn) -> dict[str, Any]:
-    """A request that the types allow."""
-    fields: dict[str, Any] = plain(draw(st.from_type(CompletionCreateParamsNonStreaming)))
-    fields["model"] = draw(st.sampled_from(list(MODELS.values())))
-    messages: st.SearchStrategy[Any] = st.from_type(ChatCompletionMessageParam)  # type: ignore[arg-type]
-    fields["messages"] = plain(draw(st.lists(messages, min_size=1, max_size=4)))
-    for name, numbers in RANGES.items():
-        if fields.get(name) is not None:
-            fields[name] = draw(numbers)
-    fields["stream"] = draw(st.booleans())
-    if not fields["stream"]:
-        fields.pop("stream_options", None)
-    return fields
+async def schemathesis(gateway: Gateway, folder: Path, provider: str) -> dict[str, Any]:
+    """Its report; fails with all that it found, and with the requests that show it."""
+    (folder / "chat.json").write_text(json.dumps(document(provider)))
+    process = await asyncio.create_subprocess_exec(
+        Path(sys.executable).with_name("schemathesis"),
+        *("run", "chat.json", "--url", gateway.base_url, "--header", f"Authorization: Bearer {gateway.api_key}"),
+        *("--checks", ",".join(CHECKS), "--phases", "coverage,fuzzing", "--max-examples", str(EXAMPLES or 60)),
+        *(() if EXAMPLES else ("--generation-deterministic",)),
+        *("--suppress-health-check", "all", "--continue-on-failure", "--no-color", "--output-sanitize", "false"),
+        *("--report", "json", "--report-json-path", "report.json"),
+        cwd=folder,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        said, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+    assert process.returncode == 0, said.decode()
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return report
 
 
-def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every container in a request, with each key or index in it."""
-    keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
-    return [(value, key) for key in keys] + [place for key in keys for place in places(value[key])]
-
-
-@st.composite
-def near(draw: st.DrawFn) -> dict[str, Any]:
-    """A request that is allowed but for one place or two, which hold anything or nothing."""
-    fields = draw(allowed())
-    for _ in range(draw(st.integers(1, 2))):
-        container, key = draw(st.sampled_from(places(fields)))
-        if draw(st.booleans()):
-            container[key] = draw(ANYTHING)
-        else:
-            del container[key]
-    return fields
-
-
-@st.composite
-def wild(draw: st.DrawFn) -> dict[str, Any]:
-    """The fields' names, and anything in them."""
-    names = st.sampled_from(sorted(CompletionCreateParamsNonStreaming.__annotations__) + list(RANGES) + ["stream"])
-    fields: dict[str, Any] = draw(st.dictionaries(names, ANYTHING, max_size=6))
-    return {**chat_body(draw(st.sampled_from(list(MODELS.values())))), **fields}
-
-
-def made(strategy: st.SearchStrategy[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Requests of the kind."""
-    requests: list[dict[str, Any]] = []
-
-    @FUZZ
-    @given(strategy)
-    def make(fields: dict[str, Any]) -> None:
-        requests.append(fields)
-
-    make()
-    return requests
-
-
-async def ask(gateway: Gateway, client: aiohttp.ClientSession, fields: dict[str, Any]) -> int:
-    """The status, once all else about the answer is as it must be."""
-    data = json.dumps(fields)
-    async with client.post(f"{gateway.base_url}/chat/completions", data=data) as response:
-        body = await response.read()
-    assert response.status < 500, (body, data)
-    if response.status != 200:
-        assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}, (body, data)
-    elif response.content_type == "text/event-stream":
-        assert body.endswith(b"data: [DONE]\n\n"), (body[-300:], data)
-    else:
-        assert json.loads(body)["object"] == "chat.completion", (body, data)
-    return response.status
-
-
-@pytest.mark.timeout(120 + EXAMPLES)
-@pytest.mark.parametrize("kind", [allowed, near, wild])
+@pytest.mark.timeout(240 + EXAMPLES)
+@pytest.mark.parametrize("provider", MODELS)
 async def test_no_chat_request_makes_a_server_error(
-    database_url: str,
-    redis_url: str,
-    figure: Callable[[str], None],
-    kind: Callable[[], st.SearchStrategy[dict[str, Any]]],
+    database_url: str, redis_url: str, tmp_path: Path, figure: Callable[[str], None], provider: str
 ) -> None:
-    requests = await asyncio.to_thread(made, kind())
-    turns = asyncio.Semaphore(8)
     async with running_gateway(database_url, redis_url) as gateway:
-        headers = {**gateway.headers, "Content-Type": "application/json"}
-        async with aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=60)) as client:
-
-            async def one(fields: dict[str, Any]) -> int:
-                async with turns:
-                    return await ask(gateway, client, fields)
-
-            statuses = Counter(await asyncio.gather(*(one(fields) for fields in requests)))
-        assert gateway.app[appkeys.METRICS].internal_errors.labels("request").value == 0
-    served = statuses[200]
-    figure(f"P1 fuzzed chat requests, {kind.__name__}: {len(requests)}, of them served {served}, server errors 0")
-    assert served > 0
+        report = await schemathesis(gateway, tmp_path, provider)
+        errors = gateway.app[appkeys.METRICS].internal_errors
+        assert [errors.labels(where).value for where in ("request", "stream", "task")] == [0, 0, 0]
+        asked = len(gateway.calls)
+    assert [report["phases"][name]["status"] for name in ("coverage", "fuzzing")] == ["success", "success"]
+    made = report["test_cases"]["generated"]
+    figure(f"P1 chat requests of schemathesis, {provider}: {made}, passed on {asked}, server errors 0")
+    assert asked > 0

@@ -358,6 +358,13 @@ def test_the_line_of_an_exchange_has_these_fields_in_this_order(exchange: Exchan
     ]
 
 
+def test_the_line_of_an_exchange_says_who_else_was_asked(exchange: Exchange) -> None:
+    exchange.headers["X-Gateway-Attempts"] = "example=ok"
+    assert "attempts" not in exchange_fields(exchange, None, "")
+    exchange.headers["X-Gateway-Attempts"] = "openai=http_5xx, example=ok"
+    assert exchange_fields(exchange, None, "")["attempts"] == "openai=http_5xx, example=ok"
+
+
 def test_the_line_of_an_exchange_has_no_prompt_and_no_key(exchange: Exchange) -> None:
     made = record("POST", fields=exchange_fields(exchange, None, ""))
     for line in (json_line(made), readable(made)):

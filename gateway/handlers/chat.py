@@ -4,6 +4,7 @@ from aiohttp import web
 
 from gateway.appkeys import CATALOGUE, EXCHANGE, root
 from gateway.body import leave_expectation
+from gateway.protocol.errors import ModelNotFound
 from gateway.protocol.routing import Route
 from gateway.relay import relay
 
@@ -19,11 +20,13 @@ async def complete(request: web.Request) -> web.StreamResponse:
     assert principal is not None
     exchange.model = chat.model
     route = root(request)[CATALOGUE].resolve(chat.model, exchange.own_credential, principal.allowed_models)
-    exchange.route = route if exchange.own_credential is None else _own(route)
+    exchange.route = route if exchange.own_credential is None else _own(route, chat.model)
     return await relay(request, exchange)
 
 
-def _own(route: Route) -> Route:
-    """For whoever brings a credential: nobody else is asked, and billed, in its place."""
+def _own(route: Route, model: str) -> Route:
+    """For whoever brings a credential: nobody else is asked, and billed, in its place. Raises ModelNotFound."""
     own = tuple(target for group in route for target in group if target.own_credential)
-    return (own,) if own else route
+    if not own:
+        raise ModelNotFound(f"no provider of {model!r} can be asked with a credential of yours", param="model")
+    return (own,)

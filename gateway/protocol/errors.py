@@ -277,6 +277,7 @@ class ProviderAuth(UpstreamError):
 
     code = "provider_auth"
     kind = "auth"
+    should_retry = False  # somebody has to mend it
 
 
 class UpstreamRateLimited(UpstreamError):

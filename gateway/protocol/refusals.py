@@ -54,6 +54,8 @@ def refusal(status: int, parsed: Any, target: Target, retry_after: float | None 
     if status == 400 and _BAD_KEY.search(said.message):
         return _refused_credential(401, target)
     message = _message(said, target) or f"the provider answered {status}"
+    if status == 402 and not target.own_credential:  # the operator's account is to be paid, as with OpenAI's 429
+        return UpstreamRateLimited(message, code="insufficient_quota", retry_after=MIN_RETRY_AFTER)
     if status == 429:
         quota = "insufficient_quota" if "insufficient_quota" in (said.code, said.type) else None
         return UpstreamRateLimited(message, code=quota, retry_after=max(MIN_RETRY_AFTER, retry_after or 0))

@@ -104,6 +104,7 @@ class KeyStore:
         self._refused: OrderedDict[bytes, float] = OrderedDict()  # until when; the oldest first
         self._proving: dict[bytes, asyncio.Future[bool]] = {}  # Argon2id in progress
         self._places: dict[str, bytes] = {}  # key id -> its place in _verified
+        self._unread_until = 0.0  # Postgres could not be read a moment ago
         self._changes = 0  # heard of; a row that was asked for before the last one may be out of date
         self._changed = asyncio.Event()  # since `wait_for_change` was last called
         self.failures = Attempts(FAILURES_PER_MINUTE, clock=clock)  # by address; gateway.identity writes and reads it
@@ -155,6 +156,9 @@ class KeyStore:
     async def _check_again(self, place: bytes, known: _Verified) -> None:
         """Reads the row of a known key whose trust ran out. Raises when it is trusted no more."""
         asked, changes = self._clock(), self._changes
+        if asked < self._unread_until and asked < known.stale_until:
+            self._bear_with(known, asked)  # Postgres has just failed another: one a second finds out, all others go on
+            return
         if asked < known.fresh_until + RETRY_SECONDS:
             # In steady use: one request asks, the others need not. A key that rested is not served unasked.
             self._bear_with(known, asked)
@@ -179,6 +183,7 @@ class KeyStore:
         try:
             return await self._reader.read(key_id)
         except Unavailable as error:
+            self._unread_until = self._clock() + RETRY_SECONDS
             # Never a 401: a client would throw a good key away.
             raise Unavailable("keys cannot be checked now", code="auth_unavailable", retry_after=1) from error
 

@@ -708,7 +708,7 @@ def problem(kind: str, message: str = "Says why.", **more: Any) -> bytes:
     ("status", "kind", "error_class", "seen", "code"),
     [
         (400, "invalid_request_error", UpstreamRejected, 400, "invalid_request_error"),
-        (402, "billing_error", UpstreamRejected, 402, "billing_error"),
+        (402, "billing_error", UpstreamRateLimited, 429, "insufficient_quota"),
         (404, "not_found_error", UpstreamRejected, 404, "model_not_found"),
         (413, "request_too_large", UpstreamRejected, 413, "request_too_large"),
         (422, "invalid_request_error", UpstreamRejected, 422, "invalid_request_error"),
