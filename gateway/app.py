@@ -6,6 +6,7 @@ import gc
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,6 +55,7 @@ from gateway.upstream import Upstream
 log = logging.getLogger("gateway")
 
 DATABASE_WAIT = 30.0  # seconds that a start waits for Postgres: in a new stack both come up together
+BEGIN_ANEW = 1.0  # seconds after which a background task that failed is begun once more
 FLUSH = 10.0  # seconds that usage rows may take to reach Postgres when we stop
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
@@ -320,17 +322,17 @@ async def _tasks(app: web.Application) -> AsyncIterator[None]:
     pulse = app[keys.PULSE] = Pulse(settings, connections, metrics)
     pressure = app[keys.PRESSURE] = Pressure(pulse, connections, metrics)
     shipper, script, copy = app[keys.SHIPPER], app[keys.SCRIPT], app[keys.COPY]
-    work = {
-        "usage shipper": shipper.run(),
-        "limits and budgets": script.run(),
-        "key revocations": app[keys.KEYS].listen(),
-        "catalogue": app[keys.CATALOGUE].run(),
-        "breakers": app[keys.BALANCER].run(app[keys.CATALOGUE].look_now),
-        "outages": app[keys.OUTAGES].run(app[keys.BALANCER].hear),
-        "pulse": pulse.run(),
-        "pressure": pressure.run(),
-        **({"usage copy": copy.run()} if copy is not None else {}),
-        **({"streams of revoked keys": end_revoked(app[keys.KEYS], pulse)} if _cuts_revoked(app) else {}),
+    work: dict[str, Work] = {
+        "usage shipper": shipper.run,
+        "limits and budgets": script.run,
+        "key revocations": app[keys.KEYS].listen,
+        "catalogue": app[keys.CATALOGUE].run,
+        "breakers": partial(app[keys.BALANCER].run, app[keys.CATALOGUE].look_now),
+        "outages": partial(app[keys.OUTAGES].run, app[keys.BALANCER].hear),
+        "pulse": pulse.run,
+        "pressure": pressure.run,
+        **({"usage copy": copy.run} if copy is not None else {}),
+        **({"streams of revoked keys": partial(end_revoked, app[keys.KEYS], pulse)} if _cuts_revoked(app) else {}),
     }
     tasks = [asyncio.create_task(_forever(name, task, bugs.inc)) for name, task in work.items()]
     yield
@@ -352,10 +354,15 @@ def _cuts_revoked(app: web.Application) -> bool:
     return app[keys.SETTINGS].gateway_revoked_streams == "cut"
 
 
-async def _forever(name: str, work: Coroutine[Any, Any, None], count: Callable[[], None]) -> None:
-    """A background task that ends is a bug: it is said at once, not when somebody misses its work."""
-    try:
-        await work
-    except Exception:
-        count()
-        log.exception("background task failed: %s", name)
+Work = Callable[[], Coroutine[Any, Any, None]]
+
+
+async def _forever(name: str, work: Work, count: Callable[[], None]) -> None:
+    """A background task that fails is a bug: it is said at once, and the task begun anew: it would be missed."""
+    while True:
+        try:
+            return await work()
+        except Exception:
+            count()
+            log.exception("background task failed: %s", name)
+        await asyncio.sleep(BEGIN_ANEW)

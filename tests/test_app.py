@@ -187,3 +187,20 @@ async def test_a_start_waits_for_a_postgres_that_goes_away_in_the_middle_of_it(
     assert not faults
     assert await pool.fetchval("select 1") == 1
     await pool.close()
+
+
+async def test_a_background_task_that_fails_is_said_counted_and_begun_anew(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("gateway.app.BEGIN_ANEW", 0.0)
+    begun: list[None] = []
+
+    async def work() -> None:
+        begun.append(None)
+        if len(begun) < 3:
+            raise ValueError("a bug")
+
+    counted: list[None] = []
+    await application._forever("counting", work, lambda: counted.append(None))
+    assert (len(begun), len(counted)) == (3, 2)
+    assert "background task failed: counting" in caplog.text

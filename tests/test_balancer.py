@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from time import perf_counter
 
 import pytest
 
 from gateway.balancer import LONGEST_COOLING, MAX_TARGETS, NO_QUOTA, Balancer, Turn
-from gateway.breaker import FAILURES, FIRST_PAUSE, LONGEST_PAUSE, REFUSED, WINDOW
+from gateway.breaker import FAILURES, FIRST_PAUSE, LONGEST_PAUSE, PROBE, REFUSED, WINDOW
 from gateway.protocol.errors import (
     GatewayError,
     ProviderAuth,
@@ -240,6 +241,35 @@ def test_half_open_lets_one_request_find_out(balancer: Balancer, clock: Clock) -
     assert balancer.state("a") == "closed"
 
 
+def test_a_probe_that_takes_minutes_keeps_the_others_out_for_seconds(balancer: Balancer, clock: Clock) -> None:
+    fail(balancer, broken(), FAILURES)
+    clock.now += FIRST_PAUSE
+    balancer.begin(ALONE)
+    clock.now += PROBE - 0.1
+    assert isinstance(out(balancer, ALONE), UpstreamUnavailable)
+    clock.now += 0.1
+    assert asked(balancer, ALONE) == "a"
+
+
+def test_a_probe_that_was_overtaken_by_one_that_failed_closes_nothing(balancer: Balancer, clock: Clock) -> None:
+    fail(balancer, broken(), FAILURES)
+    clock.now += FIRST_PAUSE
+    slow = balancer.begin(ALONE)
+    clock.now += PROBE
+    fail(balancer, broken())
+    slow.answered()
+    assert balancer.state("a") == "open"
+
+
+def test_a_probe_that_a_reload_overtook_is_one_failure_like_others(balancer: Balancer, clock: Clock) -> None:
+    balancer.begin(ALONE).failed(ProviderAuth("refused"), 401)
+    clock.now += REFUSED
+    probe = balancer.begin(ALONE)
+    balancer.follow(PROVIDERS)
+    probe.failed(UpstreamError("broken"), 500)
+    assert balancer.state("a") == "closed"
+
+
 def test_a_probe_that_fails_opens_it_for_twice_as_long_up_to_a_minute(balancer: Balancer, clock: Clock) -> None:
     fail(balancer, broken(), FAILURES)
     waits = []
@@ -268,6 +298,15 @@ def test_a_probe_that_is_refused_for_what_it_asked_shows_that_the_provider_answe
     fail(balancer, broken(), FAILURES)
     clock.now += FIRST_PAUSE
     fail(balancer, UpstreamRejected("x", status=400))
+    assert balancer.state("a") == "closed"
+
+
+def test_what_fails_again_and_again_for_one_request_counts_once(balancer: Balancer) -> None:
+    fail(balancer, broken(), FAILURES - 1)
+    for _ in range(FAILURES):
+        turn = balancer.begin(ALONE)
+        turn.again = True
+        turn.failed(broken())
     assert balancer.state("a") == "closed"
 
 
@@ -378,6 +417,19 @@ def test_a_reload_forgives_refused_credentials_and_forgets_who_is_gone(balancer:
     fail(balancer, broken(), FAILURES, ((B,),))
     balancer.follow({name: PROVIDERS[name] for name in ("a", "c")})
     assert [balancer.state(name) for name in "ab"] == ["closed", "closed"]
+
+
+@pytest.mark.parametrize("new", [{"base_url": "http://moved"}, {"api_key": "sk-new"}], ids=["address", "credential"])
+def test_a_provider_with_a_new_address_or_credential_begins_anew(balancer: Balancer, new: dict[str, str]) -> None:
+    fail(balancer, broken(), FAILURES)
+    balancer.begin(((B,),)).failed(UpstreamRateLimited("slow down"), 429, 300.0)
+    changed = {name: replace(PROVIDERS[name], **new) for name in "ab"}  # type: ignore[arg-type]
+    balancer.follow({**PROVIDERS, **changed})
+    assert [balancer.state(name) for name in "ab"] == ["closed", "closed"]
+    balancer.follow(PROVIDERS)
+    fail(balancer, broken(), FAILURES)
+    balancer.follow(PROVIDERS)
+    assert balancer.state("a") == "open", "nothing is new about it"
 
 
 # --- retries ------------------------------------------------------------------------------------------------------
@@ -502,6 +554,22 @@ def test_models_that_clients_make_up_do_not_pile_up(balancer: Balancer) -> None:
             balancer.wait(ALONE, ())  # what is used is kept
     assert len(balancer._healths) == MAX_TARGETS
     assert balancer.state("a") == "cooling"
+
+
+def test_the_page_of_metrics_costs_no_more_for_the_models_that_clients_make_up(balancer: Balancer) -> None:
+    def cost() -> float:
+        best = float("inf")
+        for _ in range(7):
+            started = perf_counter()
+            for _ in range(100):
+                balancer.is_in("b", "cooling")
+            best = min(best, perf_counter() - started)
+        return best
+
+    without = cost()
+    for number in range(MAX_TARGETS):
+        asked(balancer, ((target("b", f"m{number}"),),))
+    assert cost() < 20 * without
 
 
 def test_a_turn_at_the_only_target_costs_a_request_next_to_nothing(figure: Callable[[str], None]) -> None:

@@ -378,6 +378,17 @@ requests_per_second = 0
         ('[aliases]\n"gpt-*" = "claude-x"\n', 'gateway.toml:2: aliases."gpt-*": an alias is one name'),
         ("[models.m]\n", "gateway.toml:1: models.m: `targets` or `fallbacks` are required"),
         ('[models.""]\nfallbacks = ["gpt-4o"]\n', 'gateway.toml:1: models."": the name of a model'),
+        ("a = " + "1" * 5_000, "gateway.toml: a number has too many digits"),
+        ('[providers."größe"]\nbase_url = "http://h"\n', 'gateway.toml:1: providers."größe": a provider\'s name is of'),
+        ('[providers."a\\r\\nX-Y: 1"]\nbase_url = "http://h"\n', "a provider's name is of ASCII"),
+        (
+            '[providers.x]\nbase_url = "http://h"\nheaders = { "X Y" = "1" }\n',
+            'gateway.toml:3: providers.x.headers."X Y": this cannot be sent',
+        ),
+        (
+            '[providers.x]\nbase_url = "http://h"\nheaders = { X-Y = "1\\r\\nZ: 2" }\n',
+            'gateway.toml:3: providers.x.headers."X-Y": this cannot be sent',
+        ),
         ("[models.m]\ntarget = []\n", "gateway.toml:2: models.m.target: there is no such key"),
     ],
 )
@@ -386,6 +397,10 @@ def test_a_wrong_file_is_named_with_line_and_key(tmp_path: Path, text: str, word
         routes(operators_file(tmp_path, text))
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_file_may_begin_with_the_mark_that_windows_editors_write(tmp_path: Path) -> None:
+    assert "smart" in routes(operators_file(tmp_path, '\ufeff[aliases]\nsmart = "gpt-4o"\n')).aliases
 
 
 def test_an_operators_file_that_is_no_text_is_named(tmp_path: Path) -> None:

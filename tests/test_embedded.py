@@ -18,7 +18,8 @@ import pytest
 from redis import Redis
 
 from gateway import embedded
-from gateway.embedded import Embedded, EmbeddedError, running
+from gateway.embedded import Embedded, EmbeddedError, open_database, running
+from gateway.settings import load_settings
 
 pytestmark = pytest.mark.integration
 
@@ -138,6 +139,13 @@ def test_durability_is_on_and_redis_never_evicts(folder: Path) -> None:
         assert query(pair.database_url, "show fsync") == "on"
         assert client.config_get("appendonly") == {"appendonly": "yes"}
         assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+
+
+async def test_postgres_takes_the_connections_of_all_workers_also_while_they_are_replaced(folder: Path) -> None:
+    environ = {"GATEWAY_DATA_DIR": str(folder), "GATEWAY_WORKERS": "24", "REDIS_URL": "redis://elsewhere"}
+    async with open_database(load_settings(environ)) as (database_url, _):
+        most = await asyncio.to_thread(query, database_url, "show max_connections")
+    assert int(most) >= 24 * 2 * 10
 
 
 def test_our_credentials_are_not_in_the_servers_environment(monkeypatch: pytest.MonkeyPatch) -> None:

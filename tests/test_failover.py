@@ -1,6 +1,7 @@
 """One model name, several providers: who answers when one of them fails, and what is not done twice."""
 
 import asyncio
+import errno
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -11,8 +12,10 @@ from typing import Any, NamedTuple
 import aiohttp
 import asyncpg
 import pytest
+from aiohttp import web
 
-from gateway import appkeys
+from gateway import appkeys, pool
+from gateway.reserve import reserve
 from tests.support.gateway import Gateway, chat_body, read_events, running_gateway
 
 pytestmark = pytest.mark.integration
@@ -32,7 +35,8 @@ PRICES = """
 
 
 def config(first: str, second: str, third: str) -> str:
-    """`smart` is asked of three providers that do so, `spread` of two in a group, `alone` of one.
+    """`smart` is asked of three providers that do so, `spread` of two in a group, `alone` of one; `far` of one that has
+    no address, else of the first.
 
     And of each fault a model whose first two providers have it, and one with no other provider.
     """
@@ -40,6 +44,7 @@ def config(first: str, second: str, third: str) -> str:
         "smart": ([f"openai/mock-gpt?{first}"], [f"anthropic/mock-claude?{second}", f"ollama/mock-llama?{third}"]),
         "spread": ([f"openai/mock-gpt?{first}", f"anthropic/mock-claude?{second}"], []),
         "alone": ([f"openai/mock-gpt?{first}"], []),
+        "far": (["azure/gpt-4o"], [f"openai/mock-gpt?{first}"]),
     }
     for fault in FAULTS:
         others = [f"anthropic/mock-claude?{fault}", f"ollama/mock-llama?{WELL}"]
@@ -195,11 +200,21 @@ async def test_a_whole_answer_that_broke_in_the_middle_was_paid_for_and_is_not_a
     assert (answer.status, answer.attempts, world.calls) == (502, "openai=truncated", ["mock-gpt"])
 
 
+@pytest.mark.parametrize(("fault", "kind"), [("bad_json_3", "bad_event"), ("huge_event", "event_too_large")])
+async def test_an_answer_that_breaks_with_its_first_event_is_not_asked_for_again(
+    start: Start, fault: str, kind: str
+) -> None:
+    world = await start()
+    answer = await world.ask(f"ollama/mock-llama?fault={fault}&after=0", stream=True)
+    assert (answer.status, answer.attempts, world.calls) == (502, f"ollama={kind}", ["mock-llama"])
+
+
 async def test_after_a_heartbeat_nobody_else_is_asked(start: Start) -> None:
     world = await start("headers_ms=1500&status=500", GATEWAY_HEARTBEAT="0.3")
     answer = await world.ask(stream=True)
     assert (answer.status, world.calls) == (200, ["mock-gpt"])
     assert '"error"' in answer.text
+    assert answer.attempts == "openai=asked", "there was no answer when this was sent"
 
 
 async def test_a_fallback_that_cannot_express_the_request_is_passed_over(start: Start) -> None:
@@ -211,6 +226,15 @@ async def test_a_fallback_that_cannot_express_the_request_is_passed_over(start: 
     failed = "openai=http_5xx"
     assert attempts == f"{failed}, anthropic=unsupported, ollama=unsupported, {failed}, {failed}"
     assert world.calls == ["mock-gpt"] * 3
+
+
+async def test_one_of_two_targets_that_cannot_express_the_request_is_passed_over(start: Start) -> None:
+    world = await start(WELL, WELL)
+    body = chat_body("spread", n=2)
+    for _ in range(10):
+        async with world._client.post(f"{world.gateway.base_url}/chat/completions", json=body) as response:
+            assert response.status == 200, await response.text()
+    assert set(world.calls) == {"mock-gpt"}
 
 
 async def test_two_targets_share_what_comes(start: Start) -> None:
@@ -322,6 +346,41 @@ async def test_a_gateway_that_must_go_during_the_pause_says_so(start: Start) -> 
     assert (await world.row())["outcome"] == "interrupted"
 
 
+async def test_a_gateway_that_must_go_says_so_of_the_attempt_that_it_cut(start: Start) -> None:
+    world = await start("headers_ms=60000")
+    asking = asyncio.create_task(world.ask("alone", stream=True))
+    await until(lambda: world.calls)
+    world.gateway.app[appkeys.PULSE].interrupt_all()
+    answer = await asking
+    assert (answer.status, answer.code, answer.attempts) == (503, "server_shutting_down", "openai=interrupted")
+
+
+async def test_a_gateway_that_must_go_while_the_next_budget_is_asked_asks_nobody_else(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = await start("status=500")
+
+    async def reserved(request: web.Request, *rest: Any) -> Any:
+        if world.calls:
+            world.gateway.app[appkeys.PULSE].interrupt_all()
+        return await reserve(request, *rest)
+
+    monkeypatch.setattr("gateway.relay.reserve", reserved)
+    answer = await world.ask()
+    assert (answer.status, answer.code, world.calls) == (503, "server_shutting_down", ["mock-gpt"])
+
+
+async def test_a_refusal_that_comes_when_the_client_has_left_is_not_billed(start: Start) -> None:
+    """Also not where the provider is read on for a while."""
+    world = await start("headers_ms=300&status=500")
+    key = await world.gateway.new_key(drain_seconds=5)
+    asking = asyncio.create_task(world.ask("alone", stream=True, Authorization=f"Bearer {key}"))
+    await until(lambda: world.calls)
+    asking.cancel()
+    row = await world.row()
+    assert (row["outcome"], row["prompt_tokens"], row["completion_tokens"]) == ("client_abort", 0, 0)
+
+
 async def test_while_the_gateway_drains_nothing_is_tried_again(start: Start) -> None:
     world = await start("status=500")
     world.gateway.app[appkeys.PULSE].draining = True
@@ -383,6 +442,22 @@ async def test_a_credential_that_is_refused_takes_its_provider_out_and_siblings_
     assert (answer.status, answer.code, sibling.calls) == (502, "provider_auth", [])
 
 
+async def test_a_gateway_that_is_short_of_descriptors_says_so_and_holds_it_against_nobody(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def short(addresses: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as shortage:
+        shortage.setattr(pool, "_connected", short)
+        world = await start()
+        answers = [await world.ask() for _ in range(6)]
+    assert {(answer.status, answer.code) for answer in answers} == {(503, "overloaded")}
+    assert {answer.headers["Retry-After"] for answer in answers} == {"1"}
+    assert world.gateway.app[appkeys.BALANCER].state("openai") == "closed"
+    assert (await world.ask()).status == 200
+
+
 async def start_beside(start: Start, world: Failover) -> Failover:
     """Another gateway on the same stores, in front of the same providers."""
     address = world.gateway.app[appkeys.CATALOGUE].routes.providers["openai"].base_url
@@ -409,6 +484,16 @@ async def test_a_callers_own_credential_goes_to_no_other_provider_and_nobody_ans
         world.gateway.forget_faults()
         assert (await world.ask(f"both:{fault}")).status == 200
     assert "sk-callers-own" not in str([call.headers for call in world.gateway.calls])
+
+
+async def test_a_callers_own_credential_for_a_provider_without_an_address_is_a_404_and_nobody_else_is_asked(
+    start: Start,
+) -> None:
+    world = await start()
+    assert (await world.ask("far")).headers["X-Gateway-Provider"] == "openai"
+    own = {"X-API-Key": world.gateway.api_key, "Authorization": "Bearer sk-callers-own"}
+    answer = await world.ask("far", **own)
+    assert (answer.status, answer.code, world.calls) == (404, "model_not_found", ["mock-gpt"])
 
 
 async def test_a_budget_holds_for_the_price_of_who_answers(start: Start) -> None:
@@ -442,3 +527,14 @@ async def test_a_fallback_that_is_too_dear_for_what_is_left_is_not_asked(start: 
     assert answer.status == 502
     assert "anthropic=unpaid" in answer.attempts
     assert set(world.calls) == {"mock-gpt"}
+
+
+async def test_what_is_billed_is_what_the_budget_counts_when_a_fallback_is_too_dear(start: Start) -> None:
+    world = await start("fault=html", WELL, WELL)
+    key = await world.gateway.new_key(cost_per_day=100)
+    answer = await world.ask(Authorization=f"Bearer {key}")
+    assert answer.attempts == "openai=bad_body, anthropic=unpaid, ollama=unpaid"
+    row = await world.row()
+    budgets = world.gateway.app[appkeys.BUDGETS]
+    await until(lambda: not budgets._running)
+    assert (await budgets.spent(f"k:{row['key_id']}")).micros_day == row["cost_micros"]

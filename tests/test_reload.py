@@ -117,11 +117,29 @@ async def test_a_wrong_file_changes_nothing_and_is_named_in_one_line(
         assert 'gateway_config_reloads_total{result="failed"} 1' in shown
         assert "gateway_config_ok 0" in shown
 
+        file.write_text("a = " + "1" * 5_000)
+        assert reload(gateway.app) is False, "what Python refuses to read is no reason to end"
         file.unlink()
         assert reload(gateway.app) is False, "a file that went away is no empty one"
         file.write_text(BEFORE)
         assert reload(gateway.app) is True
         assert "gateway_config_ok 1" in await page(gateway)
+
+
+async def test_a_bug_in_reading_a_file_ends_nothing_that_is_served(
+    database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("a bug")
+
+    async with running_gateway(database_url, redis_url) as gateway:
+        monkeypatch.setattr("gateway.reload.load_config", broken)
+        assert reload(gateway.app) is False
+        assert (await ask(gateway, "openai/mock-gpt"))[0] == 200
+        shown = await page(gateway)
+    assert 'gateway_config_reloads_total{result="failed"} 1' in shown
+    assert "gateway_config_ok 0" in shown
+    assert 'gateway_internal_errors_total{where="task"} 1' in shown
 
 
 async def test_an_open_stream_keeps_the_target_that_it_began_with(

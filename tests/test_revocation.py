@@ -9,9 +9,10 @@ from time import monotonic
 from typing import Any
 
 import aiohttp
+import asyncpg
 import pytest
 
-from gateway import appkeys
+from gateway import appkeys, revocation
 from gateway.stores.tokens import parse_token
 from tests.support.gateway import Gateway, chat_body, read_events, running_gateway
 from tests.support.proxy import proxied_redis
@@ -192,6 +193,30 @@ async def test_a_change_that_is_no_revocation_cuts_no_stream(database_url: str, 
             async with client.patch(change, json={"key_name": "other"}, headers=gateway.headers) as changed:
                 assert changed.status == 200
             assert (await read_events(response))[-1] == "[DONE]"
+
+
+async def test_a_look_that_fails_in_an_odd_way_is_not_the_last(
+    database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[set[str]] = []
+
+    async def restored(key_ids: set[str]) -> None:
+        looks.append(key_ids)
+        raise asyncpg.UndefinedTableError('relation "keys" does not exist')
+
+    monkeypatch.setattr(revocation, "LOOK", 0.01)
+    monkeypatch.setattr(revocation, "REST", 0.01)
+    async with running_gateway(database_url, redis_url) as gateway, aiohttp.ClientSession() as client:
+        token = await gateway.new_key()
+        async with open_stream(client, gateway, token) as stream:
+            with monkeypatch.context() as outage:
+                outage.setattr(gateway.app[appkeys.KEYS], "ended", restored)
+                async with asyncio.timeout(30):
+                    while len(looks) < 2:
+                        await asyncio.sleep(0.01)
+            await revoke(client, gateway, token)
+            events = await asyncio.wait_for(read_events(stream), 30)
+    assert json.loads(events[-1])["error"]["code"] == "key_ended"
 
 
 # --- expiry -------------------------------------------------------------------------------------------------------

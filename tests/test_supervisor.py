@@ -1,15 +1,19 @@
 """Slots, sockets and what is handed over; whole processes are in test_workers.py."""
 
+import asyncio
 import os
 import resource
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
+from gateway import supervisor
 from gateway.settings import load_settings
 from gateway.supervisor import (
     CRASHES,
@@ -20,11 +24,13 @@ from gateway.supervisor import (
     WITHIN,
     Handover,
     Slot,
+    Supervisor,
     address_of,
     handed_over,
     open_sockets,
     workers_of,
 )
+from tests.support.process import until
 
 pytestmark = pytest.mark.mock
 
@@ -116,6 +122,124 @@ def test_a_port_that_another_supervisor_shares_among_its_workers_is_taken_too() 
             each.listen()
         with pytest.raises(OSError, match="Address already in use"):
             open_sockets("127.0.0.1", theirs[0][0].getsockname()[1], 2)
+
+
+def test_a_slot_that_steps_aside_leaves_all_clients_to_the_others() -> None:
+    with sockets("127.0.0.1", 0, 2) as opened:
+        left, stays = Slot(opened[0]), Slot(opened[1])
+        for (each,) in opened:
+            each.listen()
+        left.step_aside()
+        (accepting,) = stays.sockets
+        for _ in range(20):
+            with socket.create_connection(accepting.getsockname(), timeout=10):
+                accepting.accept()[0].close()
+        left.close()
+
+
+# --- workers that crash -------------------------------------------------------------------------------------------
+
+# In place of `gateway serve`: no worker starts while there is a file `wrong`, nor the second while there is one `slow`.
+WORKER = """
+import json, os, pathlib, signal, socket, sys, time
+handover = json.loads(os.environ["AI_GATEWAY_WORKER"])
+line = socket.socket(fileno=handover["line"])
+folder = pathlib.Path(__file__).parent
+if (folder / "wrong").exists():
+    sys.exit(2)
+if handover["worker"] == 2:
+    while (folder / "slow").exists():
+        time.sleep(0.01)
+line.send(b"!")
+signal.pause()
+"""
+
+
+@asynccontextmanager
+async def supervised(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, slots: int
+) -> AsyncIterator[tuple[list[Slot], "asyncio.Task[int]", asyncio.Event]]:
+    """Workers that do nothing but serve; the event is set once all do."""
+    (folder / "worker.py").write_text(WORKER)
+    monkeypatch.setattr(sys, "orig_argv", [sys.executable, "-S", str(folder / "worker.py")])
+    for name in ("PAUSE", "LONGEST_PAUSE"):
+        monkeypatch.setattr(supervisor, name, 0.05)
+    settings = load_settings({"DATABASE_URL": "postgres://x", "REDIS_URL": "redis://x"})
+    with sockets("127.0.0.1", 0, slots) as opened:
+        places, ready = [Slot(each) for each in opened], asyncio.Event()
+        supervising = Supervisor(settings, dict(os.environ), places, folder)
+        running = asyncio.create_task(supervising.run(ready.set))
+        try:
+            yield places, running, ready
+        finally:
+            supervising._stop()
+            await running
+            for place in places:
+                place.close()
+
+
+def kill(slot: Slot) -> int:
+    """The number of its worker."""
+    assert slot.worker is not None
+    slot.worker.process.kill()
+    return slot.worker.number
+
+
+def serves_anew(slot: Slot, number: int) -> bool:
+    return slot.worker is not None and slot.worker.number > number and slot.serves
+
+
+async def test_a_worker_that_crashes_while_another_starts_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow").touch()
+    async with supervised(tmp_path, monkeypatch, 3) as (slots, _running, ready):
+        started: list[Any] = []
+        start = Supervisor._start
+
+        def noted(self: Supervisor, slot: Slot) -> Any:
+            started.append(start(self, slot))
+            return started[-1]
+
+        monkeypatch.setattr(Supervisor, "_start", noted)
+        await until(lambda: len(started) == 3 and started[2].serves.done())
+        started[2].process.kill()
+        await until(lambda: started[2].status is not None)
+        (tmp_path / "slow").unlink()
+        await asyncio.wait_for(ready.wait(), 30)
+        await until(lambda: serves_anew(slots[2], 3))
+
+
+async def test_what_ends_new_workers_ends_none_that_serve_and_when_it_is_mended_they_are_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with supervised(tmp_path, monkeypatch, 2) as (slots, running, ready):
+        await asyncio.wait_for(ready.wait(), 30)
+        (tmp_path / "wrong").touch()
+        number = kill(slots[0])
+        await until(lambda: slots[0].worker is not None and slots[0].worker.number > number + CRASHES)
+        assert slots[1].serves and not running.done()
+        (tmp_path / "wrong").unlink()
+        await until(lambda: slots[0].serves)
+
+
+async def test_a_worker_that_cannot_be_started_for_a_while_ends_none_that_serve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed: list[object] = []
+
+    def broken(*arguments: object, **keywords: object) -> NoReturn:
+        failed.append(arguments)
+        raise OSError(12, "Cannot allocate memory")
+
+    async with supervised(tmp_path, monkeypatch, 2) as (slots, running, ready):
+        await asyncio.wait_for(ready.wait(), 30)
+        with monkeypatch.context() as shortage:
+            shortage.setattr(subprocess, "Popen", broken)
+            number = kill(slots[0])
+            await until(lambda: len(failed) > 1)
+        await until(lambda: serves_anew(slots[0], number))
+        assert slots[1].serves and not running.done()
 
 
 # --- the process --------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The files by which workers know each other's numbers."""
 
+import asyncio
 import json
 import os
 import threading
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from gateway import tally
+from gateway import serve, tally
 from gateway.metrics import Metrics
+from gateway.supervisor import Handover
 from gateway.tally import Snapshot, Tally
 
 pytestmark = pytest.mark.mock
@@ -151,3 +153,24 @@ def test_a_file_a_second_costs_little(tmp_path: Path, figure: Callable[[str], No
         f"metrics: 1,000 series are written for the other workers in {cost * 1e3:.2f} ms, a page takes {page * 1e3:.1f}"
     )
     assert cost < 50 * yardstick
+
+
+async def test_a_page_that_could_not_be_published_is_not_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages: list[float] = []
+
+    def odd() -> float:
+        pages.append(0.0)
+        if len(pages) == 1:
+            raise RuntimeError("dictionary changed size during iteration")
+        return 0.0
+
+    monkeypatch.setattr(serve, "EVERY", 0.01)
+    metrics = Metrics(providers=["openai"])
+    metrics.provider_state.labels("openai", "open").follow(odd)
+    async with serve._counted_together(metrics, Handover(1, [], -1, str(tmp_path))):
+        async with asyncio.timeout(30):
+            while len(pages) < 3:
+                await asyncio.sleep(0.01)
+    assert metrics.internal_errors.labels("task").value == 1

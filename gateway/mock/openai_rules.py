@@ -31,6 +31,7 @@ def check(fields: Mapping[str, Any]) -> None:
         _check_integer(name, fields.get(name), low, high)
     for name, low, high in (("temperature", 0, 2), ("top_p", 0, 1)):
         _check_number(name, fields.get(name), low, high)
+    _check_allowed_tools(fields.get("tool_choice"))
     for index, message in enumerate(messages):
         _check_message(f"messages[{index}]", message)
     _check_tool_order(messages)
@@ -52,6 +53,19 @@ def _check_shape(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
     for index, item in enumerate(value if isinstance(value, list) else ()):
         if not isinstance(item, dict if name != "stop" else str):
             raise _invalid(f"Invalid type for '{name}[{index}]'.", f"{name}[{index}]", "invalid_type")
+
+
+def _check_allowed_tools(choice: Any) -> None:
+    if not isinstance(choice, dict) or choice.get("type") != "allowed_tools":
+        return
+    where = "tool_choice.allowed_tools"
+    allowed = choice.get("allowed_tools") or {}
+    _check_shape(where, allowed, dict)
+    if allowed.get("mode", "auto") not in ("auto", "required"):
+        raise _invalid(f"Invalid value: '{where}.mode'.", f"{where}.mode", "invalid_value")
+    _check_shape(f"{where}.tools", allowed.get("tools"), list)
+    for index, tool in enumerate(allowed.get("tools") or ()):
+        _check_shape(f"{where}.tools[{index}].function", tool.get("function"), dict)
 
 
 def _check_integer(name: str, value: Any, low: int, high: int) -> None:

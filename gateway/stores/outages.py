@@ -62,7 +62,9 @@ class Outages:
 
     async def run(self, hear: Callable[[Outage], None]) -> None:
         """Sends what is told, and gives `hear` what others tell. Comes back when Redis does."""
-        await asyncio.gather(self._send(), self._listen(hear))
+        async with asyncio.TaskGroup() as both:
+            both.create_task(self._send())
+            both.create_task(self._listen(hear))
 
     async def _send(self) -> None:
         while True:

@@ -71,6 +71,14 @@ def test_a_code_that_says_more_is_passed_on() -> None:
     assert (error.error_code, error.param) == ("invalid_image_url", "url")
 
 
+def test_an_account_that_is_to_be_paid_is_no_refusal_of_the_request() -> None:
+    """DeepSeek's words: https://api-docs.deepseek.com/quick_start/error_codes"""
+    said = {"error": {"message": "Insufficient Balance", "type": "unknown_error", "code": "invalid_request_error"}}
+    error = refusal(402, said, TARGET)
+    assert (error.http_status, error.error_code, error.kind) == (429, "insufficient_quota", "http_429")
+    assert refusal(402, said, replace(TARGET, own_credential=True)).http_status == 402
+
+
 @pytest.mark.parametrize(
     ("status", "said"),
     [

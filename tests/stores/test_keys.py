@@ -573,6 +573,21 @@ async def test_a_silent_postgres_is_asked_once_a_second_for_a_key(
     assert len(reads) == 3
 
 
+async def test_of_many_keys_one_a_second_waits_for_a_silent_postgres(
+    store: KeyStore, account: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [await add_key(store, account) for _ in range(5)]
+    for key in keys:
+        await store.verify(key.token)
+    reads = break_reads(monkeypatch)
+    clock.now += 60
+    for _ in range(3):
+        for key in keys:
+            await store.verify(key.token)
+        clock.now += 1
+    assert len(reads) == 3
+
+
 async def test_a_key_is_trusted_anew_when_postgres_is_back(
     store: KeyStore, account: str, pool: asyncpg.Pool, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
