@@ -181,7 +181,9 @@ class Pool:
             wire = await self._reach(proxy.origin)
         except Unreachable as error:
             raise Unreachable(error.kind, error.words.format("the proxy to {}")) from None
-        except OSError:
+        except OSError as error:
+            if error.errno in _OURS:
+                raise
             raise Unreachable("connect", "the proxy to {} cannot be reached") from None
         transport, asked = await loop.create_connection(partial(_Asked, origin, proxy), sock=wire)
         try:
