@@ -47,7 +47,8 @@ class Proxy:
     def half_close(self) -> None:
         """Say goodbye to the gateway on every open connection, and read on."""
         for writer in list(self._near):
-            writer.write_eof()
+            with suppress(OSError):  # the gateway was faster, and is gone
+                writer.write_eof()
 
     async def mend(self) -> None:
         """As if nothing had been."""
