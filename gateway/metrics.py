@@ -73,7 +73,10 @@ class Metrics(Page):
         self._providers = tuple(providers)
         self._ended: dict[tuple[str, str], _Ended] = {}  # by model and provider
         self._declare_traffic()
-        self._declare_faults()
+        self._declare_refusals()
+        self._declare_providers()
+        self._declare_clients()
+        self._declare_failures()
         self._declare_usage()
         self._declare_process()
 
@@ -111,7 +114,7 @@ class Metrics(Page):
             self.request_duration_ms.labels(provider)
             self.time_to_first_token_seconds.labels(provider)
 
-    def _declare_faults(self) -> None:
+    def _declare_refusals(self) -> None:
         self.rate_limited = self._counter(
             "gateway_rate_limited_total",
             "Requests that a limit or a budget refused, by which it was.",
@@ -137,6 +140,8 @@ class Metrics(Page):
             ("reason",),
             AUTH_FAILURE_REASONS,
         )
+
+    def _declare_providers(self) -> None:
         self.upstream_errors = self._counter(
             "gateway_upstream_errors_total",
             "Failed calls of a provider, by kind.",
@@ -170,6 +175,8 @@ class Metrics(Page):
             ("provider", "state"),
             together=max,
         )
+
+    def _declare_clients(self) -> None:
         self.client_aborts = self._counter(
             "gateway_client_aborts_total",
             "Clients that left: within their own request (body), before the first token (ttft), or after it (stream).",
@@ -191,6 +198,8 @@ class Metrics(Page):
             ("reason",),
             SHED_REASONS,
         )
+
+    def _declare_failures(self) -> None:
         self.internal_errors = self._counter(
             "gateway_internal_errors_total",
             "Bugs of the gateway's own: unexpected exceptions, each with a traceback in the log, by where they rose.",

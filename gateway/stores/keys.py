@@ -19,7 +19,7 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -33,6 +33,7 @@ from gateway.exchange import Principal
 from gateway.protocol.errors import Unauthenticated, Unavailable
 from gateway.stores import key_rows
 from gateway.stores.attempts import Attempts
+from gateway.stores.channel import messages
 from gateway.stores.key_limits import KeyLimits
 from gateway.stores.key_rows import Key, KeyChanges, Proofs
 from gateway.stores.passwords import KEY_HASHER, HashingPool, matches
@@ -313,7 +314,8 @@ class KeyStore:
             try:
                 async with self._redis.pubsub() as channel:
                     await channel.subscribe(CHANNEL)
-                    await self._hear(channel)
+                    async for message in messages(channel, PING_SECONDS):
+                        self._hear(message)
             except (RedisError, OSError) as error:
                 if self._changes != heard:  # it had been open
                     log.warning("the channel of key changes broke: %s", type(error).__name__)
@@ -328,20 +330,11 @@ class KeyStore:
                 await self._changed.wait()
         self._changed.clear()
 
-    async def _hear(self, channel: Any) -> None:
-        """Until the connection breaks, or stays silent although Redis was asked."""
-        asked = False
-        while True:
-            message = await channel.get_message(timeout=PING_SECONDS)
-            if message is None:
-                if asked:
-                    raise TimeoutError
-                await channel.ping()
-            elif message["type"] == "subscribe":
-                self._distrust_all()  # comes after a reconnect by the library, too
-            elif message["type"] == "message":
-                self._forget(message["data"].decode("ascii", "replace"))
-            asked = message is None
+    def _hear(self, message: Mapping[str, Any]) -> None:
+        if message["type"] == "subscribe":
+            self._distrust_all()  # comes after a reconnect by the library, too
+        elif message["type"] == "message":
+            self._forget(message["data"].decode("ascii", "replace"))
 
 
 def _refuse() -> NoReturn:

@@ -5,7 +5,7 @@ A message that is lost costs one failed request, so nothing waits for Redis and 
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from gateway.exchange import new_id
+from gateway.stores.channel import messages
 
 log = logging.getLogger(__name__)
 
@@ -79,25 +80,17 @@ class Outages:
             try:
                 async with self._redis.pubsub() as channel:
                     await channel.subscribe(CHANNEL)
-                    await self._hear(channel, hear)
+                    async for message in messages(channel, PING_SECONDS):
+                        self._hear(message, hear)
             except (RedisError, OSError) as error:
                 log.debug("the channel of outages broke: %s", type(error).__name__)
             await asyncio.sleep(PAUSE)
 
-    async def _hear(self, channel: Any, hear: Callable[[Outage], None]) -> None:
-        """Until the connection breaks, or stays silent although Redis was asked."""
-        asked = False
-        while True:
-            message = await channel.get_message(timeout=PING_SECONDS)
-            if message is None:
-                if asked:
-                    raise TimeoutError
-                await channel.ping()
-            elif message["type"] == "message":
-                outage = _read(message["data"])
-                if outage is not None and outage.sender != self._id:
-                    hear(outage)
-            asked = message is None
+    def _hear(self, message: Mapping[str, Any], hear: Callable[[Outage], None]) -> None:
+        if message["type"] == "message":
+            outage = _read(message["data"])
+            if outage is not None and outage.sender != self._id:
+                hear(outage)
 
 
 def _read(data: bytes) -> Outage | None:
