@@ -92,12 +92,24 @@ NEEDS_NGINX = PATH="$$PATH:/usr/sbin" command -v nginx > /dev/null || { $(call A
 	$(PIP) --require-hashes -r requirements-test.lock
 	cd tests/acceptance/node && PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --silent --no-audit --no-fund
 	@command -v curl > /dev/null || { $(call APT,curl); } || { echo "curl is needed for the tests: please install it."; exit 1; }
+	@$(NEEDS_CHROMIUM)
+	@$(NEEDS_PROMETHEUS)
 	@touch $@
+
+# For the tests of the page and of the dashboards; where neither is to be had these are skipped, and say so.
+NEEDS_CHROMIUM = command -v chromium > /dev/null || { $(call APT,chromium fonts-dejavu-core); } || \
+	echo "No chromium: the tests of the page will be skipped."
+# Unpacked, not installed: Debian would start it.
+NEEDS_PROMETHEUS = command -v promtool > /dev/null || test -x .venv/prometheus/usr/bin/promtool || { \
+	mkdir -p .venv/prometheus && cd .venv/prometheus && command -v apt-get > /dev/null && \
+	{ test "$$(id -u)" != 0 || apt-get update -qq; } && apt-get download -qq prometheus && \
+	dpkg-deb -x prometheus_*.deb . && rm prometheus_*.deb; } || \
+	echo "No prometheus: the tests of the dashboards will be skipped."
 
 lock: .venv/.run ## resolve the dependencies anew (UPGRADE=--upgrade takes newer ones)
 	$(PIP) --target .venv/lock --upgrade uv
 	$(LOCK) pyproject.toml --extra embedded -o requirements.lock
-	$(LOCK) pyproject.toml --extra embedded --extra test -c requirements.lock -o requirements-test.lock
+	$(LOCK) pyproject.toml --extra embedded --extra otel --extra test -c requirements.lock -o requirements-test.lock
 	printf 'hatchling>=1.27\neditables\n' | $(LOCK) - -c requirements-test.lock -o requirements-build.lock
 
 # For every platform, and without the name of the index they came from.
