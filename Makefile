@@ -39,7 +39,7 @@ bench: .venv/.run ## CPU, latency and memory beside nginx: 6 minutes (QUICK=1: 5
 prove-usage: .venv/.test ## kill -9 gateways under load 100 times, stop Postgres 5 times, and count what is lost
 	@$(BIN)/python -m tests.prove.kill_loop
 
-chaos: .venv/.test ## break everything, and print which promises held: 20 minutes (QUICK=1: 6; MINUTES=10: of the soak)
+chaos: .venv/.test ## break everything, and print which promises held: 16 minutes (QUICK=1: 6; MINUTES=10: of the soak)
 	@$(BIN)/python -m tests.prove.chaos $(if $(QUICK),--quick) $(if $(MINUTES),--minutes $(MINUTES))
 
 prove-stats: .venv/.test ## ask every kind of question of ten million usage rows (minutes, and 10 GB of disk)
