@@ -11,6 +11,7 @@ from datetime import UTC, date, datetime
 from operator import attrgetter
 
 import asyncpg
+import orjson
 
 from gateway.stores.chain import link_drop, link_rows, transaction
 from gateway.stores.postgres import Connection, Pool
@@ -30,20 +31,15 @@ class RowError(Exception):
 
 # --- rows ---------------------------------------------------------------------------------------------------------
 
+# One argument for all: asyncpg checks each value of an array by itself, which made a row twice as dear for us.
 _GIVEN = """
 with given as (
-    select * from unnest(
-        $1::uuid[], $2::timestamptz[], $3::text[], $4::uuid[], $5::text[], $6::text[], $7::text[], $8::text[],
-        $9::text[], $10::text[],
-        $11::boolean[], $12::integer[], $13::text[], $14::text[], $15::text[],
-        $16::bigint[], $17::bigint[], $18::bigint[], $19::bigint[], $20::bigint[], $21::text[],
-        $22::integer[], $23::integer[], $24::bigint[]
-    ) as given (
-        request_id, started_at, key_id, account_id, user_id, app_id, client_request_id, provider,
-        model, upstream_model,
-        stream, status, outcome, error_code, finish_reason,
-        prompt_tokens, completion_tokens, cached_tokens, cache_write_tokens, reasoning_tokens, usage_source,
-        latency_ms, ttft_ms, cost_micros
+    select * from json_to_recordset($1::json) as given (
+        request_id uuid, started_at timestamptz, key_id text, account_id uuid, user_id text, app_id text,
+        client_request_id text, provider text, model text, upstream_model text,
+        stream boolean, status integer, outcome text, error_code text, finish_reason text,
+        prompt_tokens bigint, completion_tokens bigint, cached_tokens bigint, cache_write_tokens bigint,
+        reasoning_tokens bigint, usage_source text, latency_ms integer, ttft_ms integer, cost_micros bigint
     )
 ),
 """
@@ -128,14 +124,15 @@ async def _write(
     """
     async with transaction(connection, _BEGIN, PATIENCE):
         with _refusals():
-            written = await connection.fetch(statement, *_arrays(rows), timeout=PATIENCE)
+            written = await connection.fetch(statement, _json(rows), timeout=PATIENCE)
         if written and key is not None:
             await link_rows(connection, key, written, replaces=statement is _UPGRADE, timeout=PATIENCE)
     return written
 
 
-def _arrays(rows: Sequence[UsageRow]) -> list[list[object]]:
-    return [list(column) for column in zip(*map(values_of, rows), strict=True)]
+def _json(rows: Sequence[UsageRow]) -> str:
+    """An array of objects. Raises TypeError for what is no text, or a number beyond 64 bit."""
+    return orjson.dumps(rows).decode()
 
 
 @asynccontextmanager
@@ -164,7 +161,7 @@ def _refusals() -> Iterator[None]:
         asyncpg.DataError,  # class 22: a NUL, a number out of range
         asyncpg.IntegrityConstraintViolationError,  # class 23: a check, a null
         asyncpg.ProgramLimitExceededError,  # class 54: texts that no index can hold
-        ValueError,  # asyncpg could not encode an argument
+        TypeError,  # it is no JSON
     ) as error:
         raise RowError(type(error).__name__) from None
 
