@@ -40,6 +40,7 @@ from gateway.stores.copy import UsageCopy
 from gateway.stores.grants import Rates
 from gateway.stores.journal import Journal
 from gateway.stores.key_limits import MICROS
+from gateway.stores.key_rows import read_proofs
 from gateway.stores.keys import KeyStore
 from gateway.stores.limits import Limiter
 from gateway.stores.migrations import migrate
@@ -124,7 +125,7 @@ async def _patiently(ask: Callable[[], Awaitable[T]], wait: float = DATABASE_WAI
 async def _open_pool(url: str) -> asyncpg.Pool:
     return await asyncpg.create_pool(
         url,
-        min_size=2,  # a look-up of a key does not wait for a new connection
+        min_size=3,  # usage rows and upkeep have one each, and a look-up of a key does not wait for a new one
         max_size=10,
         timeout=5,
         # asyncio.wait_for does not end a query on a stalled server; asyncpg's own time-out does.
@@ -166,6 +167,8 @@ def _stores(settings: Settings, config: Config) -> Context:
             opened.callback(for_passwords.close)
             app[keys.ACCOUNTS] = AccountStore(pool, hashing=for_passwords)
             app[keys.KEYS] = await _key_store(settings, pool, redis, for_keys, metrics)
+            with suppress(Unavailable):  # a connection's first look-up takes twenty times as long as the next
+                await read_proofs(pool, [])
             app[keys.SCRIPT] = RedisScript(
                 redis, on_error=lambda kind: metrics.dependency_errors.labels("redis", kind).inc()
             )
