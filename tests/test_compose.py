@@ -20,6 +20,8 @@ COMPOSE: Mapping[str, Any] = YAML(typ="safe").load(TEXT)
 SERVICES: Mapping[str, Any] = COMPOSE["services"]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 ROWS = tomllib.loads((ROOT / "gateway" / "providers.toml").read_text())["providers"].values()
+OF_COMPOSE = {"POSTGRES_PASSWORD", "GRAFANA_PORT", "PROMETHEUS_PORT"}  # variables that are no settings of the gateway
+ONE_SHOT = {"reader"}  # services that do one thing and end
 PROVIDERS_VARIABLES = {value for row in ROWS for name, value in row.items() if name.endswith("_env")}
 
 
@@ -31,6 +33,15 @@ def variables_of_env_example() -> dict[str, str]:
 
 def mounts() -> list[tuple[str, str]]:
     return [(name, mount) for name, service in SERVICES.items() for mount in service.get("volumes", [])]
+
+
+def needs() -> list[tuple[str, str]]:
+    """Which service is waited for, and what it has to be."""
+    return [
+        (name, need["condition"])
+        for service in SERVICES.values()
+        for name, need in service.get("depends_on", {}).items()
+    ]
 
 
 def test_compose_yaml_follows_the_compose_specification() -> None:
@@ -50,8 +61,24 @@ def test_every_file_that_is_mounted_exists() -> None:
 
 
 def test_every_service_keeps_its_data_in_a_volume_and_can_be_asked_for_its_health() -> None:
-    assert {name for name, _ in mounts()} == set(SERVICES)
-    assert {name for name, service in SERVICES.items() if "healthcheck" in service} == set(SERVICES)
+    assert {name for name, mount in mounts() if not mount.startswith(".")} == set(SERVICES) - ONE_SHOT
+    asked = {name for name, service in SERVICES.items() if service["healthcheck"].get("test")}
+    assert asked == set(SERVICES) - ONE_SHOT
+
+
+def test_what_ends_by_itself_is_waited_for_and_not_started_again() -> None:
+    """`docker compose up --wait` fails when a service ends that nobody waits for like this."""
+    awaited = {name for name, condition in needs() if condition == "service_completed_successfully"}
+    assert awaited == ONE_SHOT == {name for name, service in SERVICES.items() if service.get("restart") == "no"}
+
+
+def test_what_is_mounted_from_here_is_mounted_to_be_read() -> None:
+    assert [mount for _, mount in mounts() if mount.startswith(".") and not mount.endswith(":ro")] == []
+
+
+def test_a_service_waits_until_those_it_needs_are_healthy() -> None:
+    assert {name for name, _ in needs()} <= set(SERVICES)
+    assert [name for name, condition in needs() if name not in ONE_SHOT and condition != "service_healthy"] == []
 
 
 def test_the_gateway_waits_until_its_stores_are_healthy() -> None:
@@ -68,7 +95,7 @@ def test_addresses_name_services_of_this_file() -> None:
     addresses = [environment[name] for name in ("DATABASE_URL", "REDIS_URL")]
     hosts = [re.search(r"(?:@|//)([a-z]+):\d+", address) for address in addresses]
     assert [host[1] for host in hosts if host] == ["postgres", "redis"]
-    assert {"postgres", "redis", "ollama"} == set(SERVICES) - {"gateway"}
+    assert set(SERVICES) == {"gateway", "postgres", "redis", "ollama", "prometheus", "reader", "grafana"}
 
 
 def test_an_ollama_is_looked_for_on_the_machine_and_none_is_given() -> None:
@@ -91,9 +118,39 @@ def test_the_port_is_the_same_everywhere() -> None:
     assert "PORT=3000" in DOCKERFILE
 
 
-def test_only_the_gateway_is_published_and_only_to_this_machine() -> None:
-    assert [name for name, service in SERVICES.items() if "ports" in service] == ["gateway"]
-    assert SERVICES["gateway"]["ports"][0].startswith("${HOST:-127.0.0.1}:")
+def test_what_is_published_is_published_to_this_machine_only_and_stores_are_not() -> None:
+    published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
+    assert published == {
+        "gateway": ["${HOST:-127.0.0.1}:${PORT:-3000}:3000"],
+        "prometheus": ["127.0.0.1:${PROMETHEUS_PORT:-9090}:9090"],
+        "grafana": ["127.0.0.1:${GRAFANA_PORT:-3002}:3000"],
+    }
+
+
+def test_images_have_a_version_that_does_not_change_its_data_by_itself() -> None:
+    images = {name: service["image"] for name, service in SERVICES.items() if "build" not in service}
+    assert [name for name, image in images.items() if not re.search(r":v?\d", image)] == ["ollama"]
+    assert images["reader"] == images["postgres"]
+
+
+def test_grafana_finds_its_data_sources_where_this_file_has_them() -> None:
+    yaml = (ROOT / "grafana" / "provisioning" / "datasources" / "datasources.yaml").read_text()
+    sources = {source["uid"]: source for source in YAML(typ="safe").load(yaml)["datasources"]}
+    assert sources["prometheus"]["url"] == "http://prometheus:9090"
+    postgres, environment = sources["postgres"], SERVICES["postgres"]["environment"]
+    assert (postgres["url"], postgres["jsonData"]["database"]) == ("postgres:5432", environment["POSTGRES_DB"])
+    assert postgres["secureJsonData"]["password"] == "$POSTGRES_PASSWORD"
+    reader = SERVICES["reader"]["environment"]
+    passwords = [
+        SERVICES["grafana"]["environment"]["POSTGRES_PASSWORD"], reader["PGPASSWORD"], environment["POSTGRES_PASSWORD"],
+    ]  # fmt: skip
+    assert len(set(passwords)) == 1
+    assert (reader["PGHOST"], reader["PGUSER"], reader["PGDATABASE"]) == ("postgres", "gateway", "gateway")
+
+
+def test_prometheus_scrapes_the_gateway_of_this_file() -> None:
+    [job] = YAML(typ="safe").load((ROOT / "grafana" / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    assert (job["job_name"], job["static_configs"]) == ("gateway", [{"targets": ["gateway:3000"]}])
 
 
 def test_no_secret_is_in_the_file() -> None:
@@ -111,7 +168,7 @@ def test_every_variable_that_is_asked_for_is_explained() -> None:
 def test_env_example_holds_settings_that_the_gateway_knows_with_values_it_takes() -> None:
     variables = variables_of_env_example()
     known = {name.upper() for name in Settings.__struct_fields__}
-    assert set(variables) - known - PROVIDERS_VARIABLES == {"POSTGRES_PASSWORD"}
+    assert set(variables) - known - PROVIDERS_VARIABLES == OF_COMPOSE
     load_config(load_settings(variables), variables)
 
 
@@ -121,10 +178,12 @@ def test_env_example_names_what_switches_each_shipped_provider_on() -> None:
 
 
 def test_env_example_shows_the_real_defaults() -> None:
-    examples = PROVIDERS_VARIABLES - {"OLLAMA_BASE_URL"}  # their addresses are nobody's default
+    examples = (PROVIDERS_VARIABLES | OF_COMPOSE) - {"OLLAMA_BASE_URL"}  # their addresses are nobody's default
     shown = {
         name.lower(): value for name, value in variables_of_env_example().items() if value and name not in examples
     }
+    ports = re.findall(r"\$\{([A-Z]+_PORT):-(\d+)\}", TEXT)
+    assert {name: variables_of_env_example()[name] for name, _ in ports} == dict(ports)
     elsewhere = {"database_url", "redis_url", "ollama_base_url"}  # examples of addresses
     defaults = {name: str(getattr(Settings(), name)) for name in shown}
     assert {name: shown[name] for name in shown.keys() - elsewhere} == {
