@@ -20,8 +20,8 @@ up: ## start a gateway on this machine, with an account, a key and a first strea
 down: ## stop it; its data is kept
 	@$(NEEDS_PYTHON); $(PYTHON) -m gateway.local down
 
-logs: ## follow what it writes
-	@$(NEEDS_PYTHON); $(PYTHON) -m gateway.local logs
+logs: ## follow what it writes (ID=…: all that it wrote about one request)
+	@$(NEEDS_PYTHON); $(PYTHON) -m gateway.local logs $(if $(ID),'$(ID)')
 
 test: lint ## everything: lint, types, layers, and all tests with coverage
 	$(BIN)/pytest -n 2 --cov --cov-report=term --cov-fail-under=90 $(TESTS)
@@ -51,9 +51,10 @@ prove-journal: .venv/.test ## what the journal adds to a request, beside the dis
 schema: .venv/.test ## rewrite sql/schema.sql after a new migration
 	@$(BIN)/python -m tests.support.stores
 
-prices: .venv/.run ## rewrite gateway/prices.json from the newest genai-prices
+prices: .venv/.run ## rewrite gateway/prices.json, and what the dashboards know of it, from the newest genai-prices
 	$(PIP) --target .venv/prices --upgrade genai-prices
 	PYTHONPATH=.venv/prices:. $(BIN)/python scripts/make_prices.py
+	$(BIN)/python -m scripts.dashboards
 
 # --- the environment ----------------------------------------------------------------------------------------------
 
