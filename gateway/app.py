@@ -4,11 +4,11 @@ import asyncio
 import ctypes
 import gc
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 from aiohttp import web
@@ -21,9 +21,10 @@ from gateway.balancer import Balancer
 from gateway.catalogue import Catalogue
 from gateway.config import Config, load_config, wants_mock, with_mock
 from gateway.connection import Connections
-from gateway.embedded import open_database as open_database
+from gateway.databases import close_database, connect_database, open_redis, patiently
+from gateway.embedded import open_database
 from gateway.exchange import Budget
-from gateway.handlers import accounts, chat, health, models, stats
+from gateway.handlers import accounts, chat, dashboard, health, live, models, sessions, stats
 from gateway.metrics import Metrics
 from gateway.pressure import Pressure
 from gateway.protocol.errors import Unavailable
@@ -43,19 +44,21 @@ from gateway.stores.key_limits import MICROS
 from gateway.stores.key_rows import read_proofs
 from gateway.stores.keys import KeyStore
 from gateway.stores.limits import Limiter
-from gateway.stores.migrations import migrate
 from gateway.stores.outages import Outages
 from gateway.stores.passwords import HashingPool
 from gateway.stores.recorder import Recorder
-from gateway.stores.script import RedisScript, connect_redis
+from gateway.stores.script import RedisScript
 from gateway.stores.secrets import deployment_id, load_pepper
+from gateway.stores.sessions import SessionStore
 from gateway.stores.shipper import Shipper
 from gateway.tokeniser import Tokeniser
 from gateway.upstream import Upstream
 
+if TYPE_CHECKING:  # it imports OpenTelemetry
+    from gateway.tracing import Tracing
+
 log = logging.getLogger("gateway")
 
-DATABASE_WAIT = 30.0  # seconds that a start waits for Postgres: in a new stack both come up together
 BEGIN_ANEW = 1.0  # seconds after which a background task that failed is begun once more
 FLUSH = 10.0  # seconds that usage rows may take to reach Postgres when we stop
 _M_MMAP_THRESHOLD = -3  # malloc.h
@@ -63,7 +66,10 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 
 def make_app(settings: Settings, environ: Mapping[str, str], *, settle: bool = False) -> web.Application:
     """The whole application, not yet open; `settle` tunes this process's memory for it. Raises SettingsError."""
-    app = web.Application(middlewares=[middlewares.errors])
+    tracing = _tracing(settings)
+    outermost = [] if tracing is None else [middlewares.traced(tracing)]
+    app = web.Application(middlewares=[*outermost, middlewares.errors])
+    app[keys.TRACING] = tracing
     app[keys.SETTINGS] = settings
     app.on_response_prepare.append(middlewares.on_prepare)
     app[keys.ENVIRON] = environ
@@ -72,10 +78,13 @@ def make_app(settings: Settings, environ: Mapping[str, str], *, settle: bool = F
     v1 = web.Application(middlewares=middlewares.V1)
     v1.add_routes([*chat.routes(), *models.routes()])
     app.add_subapp("/v1", v1)
-    app.add_routes([*health.routes(), *accounts.routes(), *stats.routes()])
+    app.add_routes([*health.routes(), *accounts.routes(), *sessions.routes(), *stats.routes(), *dashboard.routes()])
+    app.add_routes(live.routes())
 
     # Opened in this order, closed in the reverse one: the writers drain while the pools are open.
     opened = [_stores(settings, config), _providers(settings, config.routes), *([_settled] if settle else []), _tasks]
+    if tracing is not None:
+        opened.insert(0, _traces)
     app.cleanup_ctx.extend(opened)
     return app
 
@@ -85,69 +94,24 @@ def make_app(settings: Settings, environ: Mapping[str, str], *, settle: bool = F
 Context = Callable[[web.Application], AsyncIterator[None]]
 
 
-async def connect_database(url: str, wait: float = DATABASE_WAIT) -> asyncpg.Pool:
-    """A pool on a migrated database. Waits for a server that is still coming up; raises what the last try did."""
-
-    async def connect() -> asyncpg.Pool:
-        await migrate(url)
-        return await _open_pool(url)
-
-    return await _patiently(connect, wait)
-
-
-# What a server says that starts, stops or is started again; the last is our own word for it.
-_COMING_UP = (
-    OSError,
-    asyncpg.PostgresConnectionError,
-    asyncpg.CannotConnectNowError,
-    asyncpg.AdminShutdownError,
-    asyncpg.CrashShutdownError,
-    asyncpg.TooManyConnectionsError,
-    Unavailable,
-)
-
-T = TypeVar("T")
-
-
-async def _patiently(ask: Callable[[], Awaitable[T]], wait: float = DATABASE_WAIT) -> T:
-    """What Postgres answers, as soon as it does."""
-    deadline = asyncio.get_running_loop().time() + wait
-    while True:
-        try:
-            return await ask()
-        except _COMING_UP as error:
-            if asyncio.get_running_loop().time() > deadline:
-                raise
-            log.warning("waiting for Postgres: %s", type(error).__name__)
-            await asyncio.sleep(0.5)
-
-
-async def _open_pool(url: str) -> asyncpg.Pool:
-    return await asyncpg.create_pool(
-        url,
-        min_size=3,  # usage rows and upkeep have one each, and a look-up of a key does not wait for a new one
-        max_size=10,
-        timeout=5,
-        # asyncio.wait_for does not end a query on a stalled server; asyncpg's own time-out does.
-        command_timeout=5,
-        server_settings={"application_name": "ai-gateway"},
-    )
-
-
-async def _close_pool(pool: asyncpg.Pool) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(5):
-            await pool.close()
-
-
-def open_redis(url: str) -> Redis:
-    """A client of Redis, not connected yet. Raises SettingsError for an option that it does not know."""
+def _tracing(settings: Settings) -> "Tracing | None":
+    """Raises SettingsError."""
+    if settings.gateway_traces == "off":
+        return None
     try:
-        redis = connect_redis(url)
-        redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # it complains here, or at a request
-    except (TypeError, ValueError):
-        raise SettingsError("REDIS_URL: what follows the `?` is no option of Redis, or has a wrong value") from None
-    return redis
+        from gateway.tracing import Tracing  # not without need: a third of a second and 26 MB
+    except ModuleNotFoundError:
+        words = "OpenTelemetry is not installed; `pip install 'ai-gateway[otel]'` does it"
+        raise SettingsError(f"GATEWAY_TRACES: {words}") from None
+    return Tracing()
+
+
+async def _traces(app: web.Application) -> AsyncIterator[None]:
+    tracing = app[keys.TRACING]
+    assert tracing is not None
+    tracing.open()
+    yield
+    await tracing.close()
 
 
 def _stores(settings: Settings, config: Config) -> Context:
@@ -155,17 +119,19 @@ def _stores(settings: Settings, config: Config) -> Context:
         async with AsyncExitStack() as opened:  # a start that fails half-way closes what it has
             database_url, redis_url = await opened.enter_async_context(open_database(settings))
             pool = app[keys.POOL] = await connect_database(database_url)
-            opened.push_async_callback(_close_pool, pool)
+            opened.push_async_callback(close_database, pool)
             redis = open_redis(redis_url)
             opened.push_async_callback(redis.aclose)
             with suppress(RedisError, OSError):  # the first request should not pay for the connection
                 await redis.ping()
             app[keys.METRICS] = metrics = Metrics(providers=config.routes.answering())
+            _show_pool(pool, metrics)
             # A pool each: while passwords are guessed, keys are still verified.
             for_keys, for_passwords = HashingPool(), HashingPool()
             opened.callback(for_keys.close)
             opened.callback(for_passwords.close)
             app[keys.ACCOUNTS] = AccountStore(pool, hashing=for_passwords)
+            app[keys.SESSIONS] = SessionStore(pool)
             app[keys.KEYS] = await _key_store(settings, pool, redis, for_keys, metrics)
             with suppress(Unavailable):  # a connection's first look-up takes twenty times as long as the next
                 await read_proofs(pool, [])
@@ -181,16 +147,23 @@ def _stores(settings: Settings, config: Config) -> Context:
     return context
 
 
+def _show_pool(pool: asyncpg.Pool, metrics: Metrics) -> None:
+    metrics.pool_connections.labels("idle").follow(pool.get_idle_size)
+    metrics.pool_connections.labels("used").follow(lambda: pool.get_size() - pool.get_idle_size())
+    metrics.pool_size_max.follow(pool.get_max_size)
+
+
 async def _key_store(
     settings: Settings, pool: asyncpg.Pool, redis: Redis, hashing: HashingPool, metrics: Metrics
 ) -> KeyStore:
     return KeyStore(
         pool,
         redis,
-        pepper=await _patiently(lambda: load_pepper(pool, settings.gateway_key_pepper)),
+        pepper=await patiently(lambda: load_pepper(pool, settings.gateway_key_pepper)),
         cache_seconds=settings.gateway_key_cache,
         stale_seconds=settings.gateway_key_stale,
         hashing=hashing,
+        on_read=metrics.key_lookups.inc,
         on_error=lambda: metrics.dependency_errors.labels("postgres", "unavailable").inc(),
     )
 
@@ -214,7 +187,7 @@ async def _open_usage(
 ) -> None:
     """What becomes of usage: counted, recorded in a journal, perhaps copied, and shipped to the ledger."""
     pool, metrics = app[keys.POOL], app[keys.METRICS]
-    root = Path(settings.gateway_data_dir) / "journal" / await _patiently(lambda: deployment_id(pool))
+    root = Path(settings.gateway_data_dir) / "journal" / await patiently(lambda: deployment_id(pool))
     journal = Journal(root, fsync=settings.gateway_fsync)
     opened.callback(journal.close)
     tokeniser = Tokeniser()
@@ -242,7 +215,7 @@ async def _open_usage(
         on_adopted=lambda row: budgets.settle(row.request_id, row.total_tokens, row.cost_micros or 0),
         priced=recorder.priced,
         copy=copy,
-        key=await _patiently(lambda: load_audit_key(pool, settings.gateway_audit_key)),
+        key=await patiently(lambda: load_audit_key(pool, settings.gateway_audit_key)),
     )
     metrics.usage_queue.follow(lambda: shipper.queued)
     metrics.usage_lag_seconds.follow(lambda: shipper.lag_seconds)

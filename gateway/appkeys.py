@@ -5,6 +5,7 @@ chain of mappings each time it is asked: ten times the price.)
 """
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import asyncpg
 from aiohttp import web
@@ -26,14 +27,19 @@ from gateway.stores.limits import Limiter
 from gateway.stores.outages import Outages
 from gateway.stores.recorder import Recorder
 from gateway.stores.script import RedisScript
+from gateway.stores.sessions import SessionStore
 from gateway.stores.shipper import Shipper
 from gateway.upstream import Upstream
+
+if TYPE_CHECKING:  # it imports OpenTelemetry
+    from gateway.tracing import ServerSpan, Tracing
 
 SETTINGS = web.AppKey("SETTINGS", Settings)
 ENVIRON = web.AppKey[Mapping[str, str]]("ENVIRON")  # what a reload reads again: names of keys and addresses
 RATES = web.AppKey[dict[str, tuple[float, int]]]("RATES")  # of routes; the limiter reads it at each request
 POOL = web.AppKey("POOL", asyncpg.Pool)
 ACCOUNTS = web.AppKey("ACCOUNTS", AccountStore)
+SESSIONS = web.AppKey("SESSIONS", SessionStore)
 KEYS = web.AppKey("KEYS", KeyStore)
 SCRIPT = web.AppKey("SCRIPT", RedisScript)
 LIMITER = web.AppKey("LIMITER", Limiter)
@@ -50,7 +56,10 @@ PULSE = web.AppKey("PULSE", Pulse)
 PRESSURE = web.AppKey("PRESSURE", Pressure)
 UPSTREAM = web.AppKey("UPSTREAM", Upstream)
 
+TRACING: "web.AppKey[Tracing | None]" = web.AppKey("TRACING")  # None: no traces are made
+
 EXCHANGE = web.RequestKey("EXCHANGE", Exchange)
+SPAN: "web.RequestKey[ServerSpan]" = web.RequestKey("SPAN")  # of requests of /v1, where there are traces
 
 
 def root(request: web.Request) -> web.Application:

@@ -9,10 +9,11 @@ Rule 4: what no budget pays for is not sent on: a stream ends in the middle as o
 import asyncio
 import logging
 from collections.abc import Coroutine
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from gateway.appkeys import METRICS, RECORDER, SETTINGS, UPSTREAM, root
+from gateway.appkeys import METRICS, RECORDER, SETTINGS, SPAN, TRACING, UPSTREAM, root
 from gateway.balancer import Turn
 from gateway.client import Client
 from gateway.deadline import Deadline
@@ -35,6 +36,9 @@ from gateway.protocol.usage import Usage
 from gateway.protocol.whole import Whole
 from gateway.stream import Stream, Tally
 from gateway.upstream import MAX_ERROR_BODY, Answer
+
+if TYPE_CHECKING:  # it imports OpenTelemetry
+    from gateway.tracing import ClientSpan
 
 log = logging.getLogger("gateway.relay")
 
@@ -64,10 +68,12 @@ class Attempt:
         "_recorder",
         "_request",
         "_settings",
+        "_span",
         "_status",
         "_stream",
         "_tally",
         "_target",
+        "_traced",
         "_turn",
         "_upstream",
         "asked_for",
@@ -95,15 +101,29 @@ class Attempt:
         self._recorder = app[RECORDER]
         self._settings = app[SETTINGS]
         self._metrics = app[METRICS]
-        self._tally = Tally(exchange, self._meter, self._metrics.tokens_live(exchange.model, call.target.provider.name))
+        self._traced = (tracing := app[TRACING]) is not None
+        live = self._metrics.tokens_live(exchange.model, call.target.provider.name)
+        self._tally = (Tally if tracing is None else tracing.tally)(exchange, self._meter, live)
+        self._span: ClientSpan | None = None  # `_trace`: where there are traces
         self._reached = False  # there is a connection to the provider
         self._status = 0  # of a refusal of the provider's
         self.asked_for: float | None = None  # seconds that it wants to be left alone
 
     def run(self, to_send: UpstreamRequest) -> Coroutine[None, None, web.StreamResponse]:
         """Raises GatewayError only while no byte was sent."""
-        answering = self._answer(to_send)
+        answering = self._trace(self._answer(to_send)) if self._traced else self._answer(to_send)
         return self._outlive(answering) if self._drain_seconds else answering
+
+    async def _trace(self, answering: Coroutine[None, None, web.StreamResponse]) -> web.StreamResponse:
+        """With a span around it, which the provider is told of."""
+        self._span = span = self._request[SPAN].attempt(self._exchange, self._target, stream=self._stream)
+        try:
+            return await answering
+        except BaseException as error:
+            span.error = error
+            raise
+        finally:
+            span.end(self._status, self._tally)
 
     def _answer(self, to_send: UpstreamRequest) -> Coroutine[None, None, web.StreamResponse]:
         if not self._stream:
@@ -130,7 +150,11 @@ class Attempt:
                 self._exchange.status = 0
             elif self._client.left and error is not None and not isinstance(error, ConnectionError):
                 self._metrics.internal_errors.labels("stream").inc()  # nobody else is left to hear of it
-                log.error("an outlived exchange failed", exc_info=error)
+                log.error(
+                    "an outlived exchange failed",
+                    exc_info=error,
+                    extra={"fields": {"request_id": self._exchange.id}},
+                )
 
     # --- a stream
 
@@ -237,6 +261,8 @@ class Attempt:
             self._client.deadline = None
         reply = self.translator.reply(body)
         self._tell_ok()
+        if self._span is not None:
+            self._span.read(reply.body)
         self._tally.count(reply.text, reply.usage, reply.finish_reason)
         return await self._client.send_whole(reply.body, self._before_last)
 
@@ -276,7 +302,8 @@ class Attempt:
 
     async def _post(self, to_send: UpstreamRequest) -> Answer:
         named = to_send._replace(headers={**to_send.headers, "X-Request-Id": self._exchange.id})
-        answer = await self._upstream.post(self._target, named, self._request.headers, self._connected)
+        headers = self._request.headers if self._span is None else self._span.headers
+        answer = await self._upstream.post(self._target, named, headers, self._connected)
         if answer.request_id:
             self._exchange.headers["X-Upstream-Request-Id"] = answer.request_id
         return answer
@@ -315,6 +342,8 @@ class Attempt:
         exchange.outcome = _outcome(error)
         if self._client.left:
             exchange.outcome = "client_abort"
+        if self._span is not None:
+            self._span.error = error
         if not isinstance(error, UpstreamError):
             return
         self._turn.failed(error, self._status, self.asked_for)

@@ -138,6 +138,10 @@ class Client:
             self.on_flow()
 
     @property
+    def request_id(self) -> str:
+        return self._exchange.id
+
+    @property
     def key_id(self) -> str:
         return self._exchange.principal.key_id if self._exchange.principal is not None else ""
 

@@ -187,13 +187,15 @@ class Connection(web.RequestHandler):
         """Raises ConnectionError when there is nobody to answer, or an answer has begun."""
         if isinstance(exc, ConnectionError) or request.writer.output_size > 0:
             raise ConnectionResetError("the client is gone")
+        request_id = new_id()
         if status >= 500:
             error: GatewayError = InternalError("the gateway failed")
-            log.error("unhandled in the server: %s", type(exc).__name__)
+            fields = {"request_id": request_id}
+            log.error("unhandled in the server: %s", type(exc).__name__, extra={"fields": fields})
         else:
             error = _refusal(exc)
             self._connections.not_http()
-        headers = {"Cache-Control": "no-store", "X-Request-Id": new_id()}
+        headers = {"Cache-Control": "no-store", "X-Request-Id": request_id}
         response = web.Response(
             body=error.body(), status=error.http_status, headers=headers, content_type="application/json"
         )

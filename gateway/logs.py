@@ -11,6 +11,7 @@ lines are written before the process ends, by whatever but a kill -9.
 
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,9 @@ import orjson
 
 from gateway.exchange import Exchange
 from gateway.lines import LineWriter
+from gateway.masking import harmless, safe
 from gateway.protocol.usage import Usage
+from gateway.readable import DIM, GREEN, PLAIN, RED, WORD, YELLOW, Parts, exchange_parts
 
 Render = Callable[[logging.LogRecord], str]
 
@@ -36,34 +39,14 @@ MAX_CAUSES = 5  # exceptions of one chain that are logged
 # aiohttp's parser quotes the request's lines in its exceptions. asyncio's messages go on with the reprs of tasks and
 # their exceptions, those of warnings with the line of source.
 _QUOTING = ("aiohttp", "asyncio", "py.warnings")
-# Controls, line ends in Unicode's sense, text direction (it makes a line read as another), lone surrogates.
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-# Credentials by a mark that is searched first: nearly every line is without one, and one pattern for all is 40 µs.
-_CREDENTIALS = {
-    "aig_": re.compile(r"(aig_[0-9A-Za-z]{12}_)[\w-]+"),
-    **{
-        mark: re.compile(rf"\b({mark})[\w-]{{8,}}")
-        for mark in ("sk-", "rk-", "gsk_", "xai-", "pplx-", "hf_", "nvapi-", "AIza")
-    },
-    "earer ": re.compile(r"([Bb]earer +)(?=\S*\d)[\w.~+/=-]{8,}"),
-    # "basic authentication" has no digit and no capital inside, Base64 of a name and a password nearly always.
-    "asic ": re.compile(r"([Bb]asic +)(?=\S*(?:[\d=]|[a-z][A-Z]))[\w.~+/=-]{8,}"),
-    # Up to the last `@` of the word: a password may hold any character, and one that was not escaped often does.
-    "://": re.compile(r"(://[^\s/:\"]*:)(?:[^\s\"\\]|\\.){1,500}(?=@)"),
-    **{
-        mark: re.compile(r"((?i:api-key)(?:\\?[\"'])?\s*[:=]\s*(?:b?\\?[\"'])?)[^\s\"'\\,}]{8,}")
-        for mark in ("pi-key", "pi-Key", "PI-Key", "PI-KEY")
-    },
-}
-_MARKED = re.compile("|".join(map(re.escape, _CREDENTIALS)))
-_COLOURS = {"debug": "\x1b[2m", "info": "\x1b[32m", "warning": "\x1b[33m", "error": "\x1b[31m", "critical": "\x1b[31m"}
-_PLAIN = "\x1b[0m"
+_EXCHANGE = {"method", "path", "latency_ms"}  # fields of the line of an exchange, and of no other
+_COLOURS = {"debug": DIM, "info": GREEN, "warning": YELLOW, "error": RED, "critical": RED}
 
 
 def setup(level: str, environment: str) -> None:
     """Send the log of the whole process to stderr. May be called again; the last call counts."""
     stream = sys.stderr
-    render = json_line if environment == "production" else readable_line(colour=stream.isatty())
+    render = json_line if environment == "production" else readable_line(colour=wants_colour(stream, os.environ))
     root = logging.getLogger()
     for handler in list(root.handlers):
         # Ours of an earlier call, and the one that a stray `logging.info()` puts there: it would double every line.
@@ -159,13 +142,7 @@ def _exchange_line(method: str, path: str, exchange: Exchange, usage: Usage | No
         f"{message} {exchange.client_request_id} {exchange.model} {exchange.user_id} {exchange.app_id}"
         f" {exchange.error_code} {fields['provider']}"
     )
-    return line if _harmless(said) else _safe(line)
-
-
-@lru_cache(1024)  # most requests say what the one before said
-def _harmless(said: str) -> bool:
-    """`_safe` would leave it as it is."""
-    return said.isprintable() and not _MARKED.search(said)
+    return line if harmless(said) else safe(line)
 
 
 def exchange_fields(exchange: Exchange, usage: Usage | None, source: str) -> dict[str, Any]:
@@ -220,7 +197,7 @@ def json_line(record: logging.LogRecord) -> str:
         parts["logger"] = record.name
     if error := _error(record):
         parts["exception"] = "\n".join(_chain(error, quoted=False))
-    return _safe(_json(parts))
+    return safe(_json(parts))
 
 
 def _json(value: Any) -> str:
@@ -244,19 +221,38 @@ def _second(seconds: int) -> str:
 # --- for people ---------------------------------------------------------------------------------------------------
 
 
+def wants_colour(stream: TextIO, environ: Mapping[str, str]) -> bool:
+    """As Python itself decides since 3.13: https://docs.python.org/3/using/cmdline.html#controlling-color
+
+    NO_COLOR (https://no-color.org) wins over FORCE_COLOR (https://force-color.org); empty is as if it were not there.
+    """
+    if environ.get("NO_COLOR"):
+        return False
+    return bool(environ.get("FORCE_COLOR")) or (environ.get("TERM") != "dumb" and stream.isatty())
+
+
 def readable_line(*, colour: bool) -> Render:
+    def paint(text: str, code: str) -> str:
+        return f"{code}{text}{PLAIN}" if colour and code else text
+
     def render(record: logging.LogRecord) -> str:
-        level = record.levelname.lower()
-        shown = f"{_COLOURS.get(level, '')}{level:<7}{_PLAIN}" if colour else f"{level:<7}"
         clock = datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")[11:23]
-        name = record.name.removeprefix("gateway.")
-        fields = [f"{field}={_shown(value)}" for field, value in _fields(record).items() if value not in (None, "")]
-        line = f"{clock} {shown} {_safe('  '.join([name, _message(record), *fields]))}"
+        fields = _fields(record)
+        parts = exchange_parts(fields) if fields.keys() >= _EXCHANGE else _parts(record, fields)
+        line = "  ".join(paint(safe(text), code) for text, code in ((clock, DIM), *parts))
         error = _error(record)
         chain = _chain(error, quoted=not record.name.startswith(_QUOTING)) if error else ()
-        return "\n    ".join([line, *map(_safe, chain)])
+        return "\n    ".join([line, *map(safe, chain)])
 
     return render
+
+
+def _parts(record: logging.LogRecord, fields: Mapping[Any, Any]) -> Parts:
+    level = record.levelname.lower()
+    yield f"{level:<{WORD}}", _COLOURS.get(level, "")
+    said = [f"{field}={_shown(value)}" for field, value in fields.items() if value not in (None, "")]
+    # Masked as one: a credential may begin in one value and go on in the next.
+    yield "  ".join([record.name.removeprefix("gateway."), _message(record), *said]), ""
 
 
 def _shown(value: Any) -> str:
@@ -295,10 +291,3 @@ def _chain(error: BaseException, *, quoted: bool) -> Iterator[str]:
         for frame, line in walk_tb(cause.__traceback__):
             yield f"  {frame.f_code.co_filename}:{line} {frame.f_code.co_qualname}"
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-
-
-def _safe(text: str) -> str:
-    for mark, credential in _CREDENTIALS.items():
-        if mark in text:
-            text = credential.sub(r"\1***", text)
-    return text if text.isprintable() else _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

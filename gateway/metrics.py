@@ -10,52 +10,16 @@ from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
-from gateway import __version__
+from gateway import __version__, labels
+from gateway.breaker import STATES
 from gateway.exchange import Exchange
 from gateway.page import Page
 from gateway.protocol.errors import UPSTREAM_ERROR_KINDS
 from gateway.protocol.usage import Usage
-from gateway.series import MAX_HISTOGRAMS, OTHER, CounterSeries, HistogramSeries
+from gateway.series import MAX_HISTOGRAMS, MAX_SERIES, OTHER, CounterSeries, HistogramSeries, Live
 
 MAX_PROVIDERS = MAX_HISTOGRAMS  # that have series of their own; the rest is counted together
-NONE = "none"  # the provider of a request that was refused before it had one
-
-TOKEN_KINDS = ("prompt", "completion", "cached", "cache_write", "reasoning")
-USAGE_SOURCES = ("provider", "counted", "estimated")
-RATE_LIMITED_REASONS = (
-    "requests_per_minute",
-    "requests_per_second",
-    "concurrent_requests",
-    "global_requests_per_minute",
-    "route_requests_per_second",
-    "tokens_per_minute",
-    "insufficient_quota",
-    "price_unknown",
-    "unavailable",
-)
-AUTH_FAILURE_REASONS = ("missing", "invalid", "throttled", "unavailable")
-RETRIED_KINDS = ("connect", "dns", "timeout_connect", "reset", "protocol", "http_429", "http_5xx", "error_event")
-CLIENT_ABORT_PHASES = ("body", "ttft", "stream")
-SLOW_PHASES = ("headers", "body", "read")
-SHED_REASONS = ("memory", "connections")
-USAGE_ROW_RESULTS = ("written", "failed")
-CONFIG_RELOADS = ("ok", "failed")
-INTERNAL_ERRORS = ("request", "stream", "task")
-# As stores/postgres.py and stores/script_connection.py say them; `unavailable`: a look-up of a key had no answer.
-DEPENDENCY_ERROR_KINDS = {
-    "postgres": ("timeout", "connection", "shutdown", "readonly", "resources", "conflict", "unavailable", "error"),
-    "redis": ("timeout", "connection", "loading", "readonly", "oom", "misconf", "moved", "error"),
-}
-FAIL_MODES = ("local", "open", "closed")
-FAILING = ("limits", "budget")
-
-# OpenTelemetry's buckets for gen_ai.client.operation.duration, in milliseconds, and two more for answers of minutes;
-# and for gen_ai.server.time_to_first_token (https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics/).
-DURATION_MS = tuple(10.0 * 2**power for power in range(16))
-FIRST_TOKEN_SECONDS = (
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0, 60.0,
-)  # fmt: skip
-OVERHEAD_SECONDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+MAX_PAIRS = MAX_SERIES // len(labels.TOKEN_KINDS)  # of a model and a provider: as many as tokens have series for
 
 _STATM = Path("/proc/self/statm")  # Linux only, as in Prometheus's own client libraries
 
@@ -71,7 +35,7 @@ class Metrics(Page):
         super().__init__()
         self.known_models: set[str] = set()
         self._providers = tuple(providers)
-        self._ended: dict[tuple[str, str], _Ended] = {}  # by model and provider
+        self._bound: dict[tuple[str, str], _Bound] = {}  # by model and provider
         self._declare_traffic()
         self._declare_refusals()
         self._declare_providers()
@@ -90,19 +54,25 @@ class Metrics(Page):
             "gateway_request_duration_ms",
             "Milliseconds from a request's arrival to the last byte of its answer.",
             ("provider",),
-            DURATION_MS,
+            labels.DURATION_MS,
         )
         self.time_to_first_token_seconds = self._histogram(
             "gateway_time_to_first_token_seconds",
             "Seconds from a streamed request's arrival to the first text of the model.",
             ("provider",),
-            FIRST_TOKEN_SECONDS,
+            labels.FIRST_TOKEN_SECONDS,
+        )
+        self.inter_token_seconds = self._histogram(
+            "gateway_inter_token_seconds",
+            "Seconds from one text of a provider's stream to the next, without those in which its client did not read.",
+            ("provider",),
+            labels.INTER_TOKEN_SECONDS,
         )
         self.overhead_seconds = self._histogram(
             "gateway_overhead_seconds",
             "Seconds of a request that were not spent on its provider.",
             (),
-            OVERHEAD_SECONDS,
+            labels.OVERHEAD_SECONDS,
         ).labels()
         self.tokens = self._counter(
             "gateway_tokens_total",
@@ -111,15 +81,18 @@ class Metrics(Page):
         )
         self.streams_open = self._gauge("gateway_streams_open", "Streams that are open to clients now.").labels()
         for provider in self._providers:
-            self.request_duration_ms.labels(provider)
-            self.time_to_first_token_seconds.labels(provider)
+            self._declare_times(provider)
+
+    def _declare_times(self, provider: str) -> None:
+        for histogram in (self.request_duration_ms, self.time_to_first_token_seconds, self.inter_token_seconds):
+            histogram.labels(provider)
 
     def _declare_refusals(self) -> None:
         self.rate_limited = self._counter(
             "gateway_rate_limited_total",
             "Requests that a limit or a budget refused, by which it was.",
             ("reason",),
-            RATE_LIMITED_REASONS,
+            labels.RATE_LIMITED_REASONS,
         )
         self.budget_cuts = self._counter(
             "gateway_budget_cuts_total", "Streams ended in the middle because no budget was left for them."
@@ -138,8 +111,13 @@ class Metrics(Page):
             "gateway_auth_failures_total",
             "Requests without a valid key, by what was wrong.",
             ("reason",),
-            AUTH_FAILURE_REASONS,
+            labels.AUTH_FAILURE_REASONS,
         )
+
+        self.key_lookups = self._counter(
+            "gateway_key_lookups_total",
+            "Keys whose row was read, because this process had not seen them or no longer trusted what it had seen.",
+        ).labels()
 
     def _declare_providers(self) -> None:
         self.upstream_errors = self._counter(
@@ -155,8 +133,8 @@ class Metrics(Page):
             "Requests sent to a provider once more, before anything of an answer had come, by what had gone wrong.",
             ("provider", "kind"),
             self._providers,
-            RETRIED_KINDS,
-            cap=MAX_PROVIDERS * len(RETRIED_KINDS),
+            labels.RETRIED_KINDS,
+            cap=MAX_PROVIDERS * len(labels.RETRIED_KINDS),
         )
         self.fallbacks = self._counter(
             "gateway_fallbacks_total",
@@ -175,19 +153,20 @@ class Metrics(Page):
             ("provider", "state"),
             together=max,
         )
+        self.provider_in_flight.cap, self.provider_state.cap = MAX_PROVIDERS, MAX_PROVIDERS * len(STATES)
 
     def _declare_clients(self) -> None:
         self.client_aborts = self._counter(
             "gateway_client_aborts_total",
             "Clients that left: within their own request (body), before the first token (ttft), or after it (stream).",
             ("phase",),
-            CLIENT_ABORT_PHASES,
+            labels.CLIENT_ABORT_PHASES,
         )
         self.slow_clients = self._counter(
             "gateway_slow_clients_total",
             "Clients that were dropped because they took too long to send their headers or body, or did not read.",
             ("phase",),
-            SLOW_PHASES,
+            labels.SLOW_PHASES,
         )
         self.http_parse_errors = self._counter(
             "gateway_http_parse_errors_total", "What came in as a request and was none of HTTP's."
@@ -196,7 +175,7 @@ class Metrics(Page):
             "gateway_shed_total",
             "Requests and connections turned away, and readers dropped, because memory or connections were short.",
             ("reason",),
-            SHED_REASONS,
+            labels.SHED_REASONS,
         )
 
     def _declare_failures(self) -> None:
@@ -204,22 +183,22 @@ class Metrics(Page):
             "gateway_internal_errors_total",
             "Bugs of the gateway's own: unexpected exceptions, each with a traceback in the log, by where they rose.",
             ("where",),
-            INTERNAL_ERRORS,
+            labels.INTERNAL_ERRORS,
         )
         self.dependency_errors = self._counter(
             "gateway_dependency_errors_total",
             "Failed calls of a dependency of the gateway's own, by what was wrong.",
             ("dependency", "kind"),
         )
-        for dependency, kinds in DEPENDENCY_ERROR_KINDS.items():
+        for dependency, kinds in labels.DEPENDENCY_ERROR_KINDS.items():
             for kind in kinds:
                 self.dependency_errors.labels(dependency, kind)
         self.fail_mode = self._counter(
             "gateway_fail_mode_total",
             "Decisions on limits and budgets without Redis: by this process's share, by letting all pass, or none.",
             ("what", "mode"),
-            FAILING,
-            FAIL_MODES,
+            labels.FAILING,
+            labels.FAIL_MODES,
         )
 
     def _declare_usage(self) -> None:
@@ -227,7 +206,7 @@ class Metrics(Page):
             "gateway_usage_rows_total",
             "Usage rows by what became of them: written, or failed (refused by the database or damaged on disk).",
             ("result",),
-            USAGE_ROW_RESULTS,
+            labels.USAGE_ROW_RESULTS,
         )
         self.usage_queue = self._gauge("gateway_usage_queue", "Usage rows not yet in the database.").labels()
         self.usage_lag_seconds = self._gauge(
@@ -241,19 +220,34 @@ class Metrics(Page):
             "gateway_usage_copy_behind", "Usage rows whose second copy is not up to date; 0 also where none is kept."
         ).labels()
         self.cost_micros = self._counter(
-            "gateway_cost_micros_total", "Micro-dollars of exchanges whose price is known.", ("model", "provider")
+            "gateway_cost_micros_total",
+            "Micro-dollars of exchanges whose price is known.",
+            ("model", "provider"),
+            cap=MAX_PAIRS,
         )
         self.unpriced = self._counter(
-            "gateway_unpriced_total", "Exchanges with usage whose model has no known price.", ("provider",)
+            "gateway_unpriced_total",
+            "Exchanges with usage whose model has no known price.",
+            ("provider",),
+            self._providers,
+            cap=MAX_PROVIDERS,
         )
         self.usage_sources = self._counter(
             "gateway_usage_source_total",
             "Exchanges with usage, by who counted: the provider, or the gateway because it did not say.",
             ("source",),
-            USAGE_SOURCES,
+            labels.USAGE_SOURCES,
         )
 
     def _declare_process(self) -> None:
+        self.pool_connections = self._gauge(
+            "gateway_pg_pool_connections", "Connections to Postgres that wait for a query or are at one.", ("state",)
+        )
+        for state in labels.POOL_STATES:
+            self.pool_connections.labels(state)
+        self.pool_size_max = self._gauge(
+            "gateway_pg_pool_size_max", "Connections to Postgres that there may be, in the pools of all processes."
+        ).labels()
         self.connections_open = self._gauge(
             "gateway_connections_open", "Connections of clients that are open, with a request on them or idle."
         ).labels()
@@ -267,7 +261,7 @@ class Metrics(Page):
             "gateway_config_reloads_total",
             "Times that the configuration was read again, by whether it is used now or was wrong.",
             ("result",),
-            CONFIG_RELOADS,
+            labels.CONFIG_RELOADS,
         )
         self.config_ok = self._gauge(
             "gateway_config_ok", "0 while the configuration on disk is wrong and an older one is used.", together=min
@@ -275,8 +269,10 @@ class Metrics(Page):
         self.config_ok.set(1)
         uptime = self._gauge("gateway_uptime_seconds", "Seconds since this process started to serve.", together=max)
         uptime.labels().follow(lambda: time.monotonic() - started)
+        memory = self._gauge(
+            "process_resident_memory_bytes", "Memory of this process that is in RAM, in bytes; on Linux alone."
+        )
         if _STATM.exists():
-            memory = self._gauge("process_resident_memory_bytes", "Memory of this process that is in RAM, in bytes.")
             memory.labels().follow(resident_bytes)
         build = self._gauge(
             "gateway_build_info", "Always 1; the labels say what runs.", ("version", "python"), together=max
@@ -288,12 +284,12 @@ class Metrics(Page):
         added = [name for name in names if name not in self._providers]
         self._providers += tuple(added)
         for provider in added:
-            self.request_duration_ms.labels(provider)
-            self.time_to_first_token_seconds.labels(provider)
+            self._declare_times(provider)
+            self.unpriced.labels(provider)
             self.fallbacks.labels(provider)
             for kind in UPSTREAM_ERROR_KINDS:
                 self.upstream_errors.labels(provider, kind)
-            for kind in RETRIED_KINDS:
+            for kind in labels.RETRIED_KINDS:
                 self.retries.labels(provider, kind)
 
     # --- what is counted ------------------------------------------------------------------------------------------
@@ -301,9 +297,9 @@ class Metrics(Page):
     def model_label(self, name: str) -> str:
         return name if name in self.known_models else OTHER
 
-    def tokens_live(self, model: str, provider: str) -> CounterSeries:
-        """Where completion tokens are counted while a stream runs; tell `exchange_ended` how many were."""
-        return self.tokens.labels(self.model_label(model), provider, "completion")
+    def tokens_live(self, model: str, provider: str) -> Live:
+        """Where a stream is counted while it runs; tell `exchange_ended` how many tokens were."""
+        return self._series_of(self.model_label(model), provider).live
 
     def exchange_ended(
         self, exchange: Exchange, usage: Usage | None = None, source: str = "", *, counted_live: int = 0
@@ -313,9 +309,8 @@ class Metrics(Page):
         `usage` and `source` are the meter's result, None when no provider was called. Upstream errors, refusals and
         failed keys are not in the record: who raises them counts them.
         """
-        provider = exchange.target.provider.name if exchange.target is not None else NONE
-        pair = self.model_label(exchange.model), provider
-        series = self._ended.get(pair) or self._bind(*pair)
+        provider = exchange.target.provider.name if exchange.target is not None else labels.NONE
+        series = self._series_of(self.model_label(exchange.model), provider)
         series.request(exchange.status).inc()
         seconds = (exchange.ended or time.monotonic()) - exchange.started
         series.duration_ms.observe(seconds * 1000)
@@ -330,7 +325,7 @@ class Metrics(Page):
         if usage is not None:
             self._count_usage(series, exchange, usage, source, counted_live)
 
-    def _count_usage(self, series: "_Ended", exchange: Exchange, usage: Usage, source: str, counted_live: int) -> None:
+    def _count_usage(self, series: "_Bound", exchange: Exchange, usage: Usage, source: str, counted_live: int) -> None:
         self.usage_sources.labels(source).inc()
         if exchange.cost_micros is None:
             self.unpriced.labels(series.provider).inc()
@@ -344,15 +339,17 @@ class Metrics(Page):
         cache_write.inc(usage.cache_write_tokens)
         reasoning.inc(usage.reasoning_tokens)
 
-    def _bind(self, model: str, provider: str) -> "_Ended":
-        series = self._ended[model, provider] = _Ended(self, model, provider)
+    def _series_of(self, model: str, provider: str) -> "_Bound":
+        series = self._bound.get((model, provider))
+        if series is None:
+            series = self._bound[model, provider] = _Bound(self, model, provider)
         return series
 
     def _like_it(self) -> "Metrics":
         return Metrics(providers=self._providers)
 
 
-class _Ended:
+class _Bound:
     """The series that count the exchanges of one model of one provider: each is there from its first use on."""
 
     def __init__(self, metrics: Metrics, model: str, provider: str) -> None:
@@ -370,6 +367,11 @@ class _Ended:
         return series
 
     @cached_property
+    def live(self) -> Live:
+        _, completion, *_ = self.tokens
+        return Live(completion, self._metrics.inter_token_seconds.labels(self.provider))
+
+    @cached_property
     def first_token_seconds(self) -> HistogramSeries:
         return self._metrics.time_to_first_token_seconds.labels(self.provider)
 
@@ -379,8 +381,8 @@ class _Ended:
 
     @cached_property
     def tokens(self) -> tuple[CounterSeries, ...]:
-        """In the order of TOKEN_KINDS."""
-        return tuple(self._metrics.tokens.labels(self._model, self.provider, kind) for kind in TOKEN_KINDS)
+        """In the order of labels.TOKEN_KINDS."""
+        return tuple(self._metrics.tokens.labels(self._model, self.provider, kind) for kind in labels.TOKEN_KINDS)
 
 
 def _status_label(status: int) -> str:

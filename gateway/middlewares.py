@@ -9,14 +9,15 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from aiohttp import HttpVersion10, hdrs, web
-from aiohttp.typedefs import Handler
+from aiohttp.typedefs import Handler, Middleware
 
-from gateway.appkeys import EXCHANGE, LIMITER, METRICS, PULSE, RECORDER, SETTINGS, root
+from gateway.appkeys import EXCHANGE, LIMITER, METRICS, PULSE, RECORDER, SETTINGS, SPAN, root
 from gateway.body import read_body
 from gateway.exchange import Exchange
-from gateway.identity import API_KEY, MAX_LABEL, identify
+from gateway.identity import API_KEY, MAX_LABEL, identify, lent_key, session_token
 from gateway.logs import log_exchange
 from gateway.protocol.chat import PARSE_HERE, ChatRequest, parse_chat
 from gateway.protocol.errors import (
@@ -34,6 +35,9 @@ from gateway.protocol.errors import (
 from gateway.stores.grants import Admission
 from gateway.stores.tokens import PREFIX
 
+if TYPE_CHECKING:  # it imports OpenTelemetry
+    from gateway.tracing import Tracing
+
 log = logging.getLogger("gateway.access")
 
 _QUIET = ("/health", "/metrics")  # asked every few seconds by machines
@@ -50,6 +54,22 @@ async def on_prepare(request: web.Request, response: web.StreamResponse) -> None
     if root(request)[PULSE].closing:
         response.force_close()
         response.headers[hdrs.CONNECTION] = "close"  # aiohttp has made its headers already
+
+
+def traced(tracing: "Tracing") -> Middleware:
+    """Around `errors`, where there are traces: a span of each request of /v1."""
+
+    @web.middleware
+    async def trace(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if not request.path.startswith("/v1/"):
+            return await handler(request)
+        span = request[SPAN] = tracing.begin(request)
+        try:
+            return await handler(request)
+        finally:
+            span.end(request.get(EXCHANGE))
+
+    return trace
 
 
 @web.middleware
@@ -170,6 +190,8 @@ async def authenticate(request: web.Request, handler: Handler) -> web.StreamResp
         raise ShuttingDown("the gateway is shutting down; please try again", retry_after=1)
     try:
         principal, own_credential = await identify(request)
+        if not principal.key_id:  # a person who signed in: a key of theirs pays, and says what it may
+            principal = await lent_key(request, principal)
     except GatewayError as error:
         root(request)[METRICS].auth_failures.labels(_auth_failure(request, error)).inc()
         raise
@@ -186,7 +208,8 @@ def _auth_failure(request: web.Request, error: GatewayError) -> str:
         return "unavailable"
     if isinstance(error, RateLimited):
         return "throttled"
-    return "invalid" if hdrs.AUTHORIZATION in request.headers or API_KEY in request.headers else "missing"
+    sent = hdrs.AUTHORIZATION in request.headers or API_KEY in request.headers or session_token(request)
+    return "invalid" if sent else "missing"
 
 
 @web.middleware

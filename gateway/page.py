@@ -1,7 +1,7 @@
 """A page of metrics: how each is made, and how they are shown, by one process alone or by several together."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from operator import add
 from typing import Any
@@ -39,16 +39,25 @@ class Page:
 
         About 5 µs a line, so a thread is the place for it; series that are added meanwhile do it no harm.
         """
-        shown = self if self.tally is None else self._all_workers(self.tally)
+        shown = self if self.tally is None else self.together(self.workers())
         page, _ = render(shown._registry, ())
         return page
 
     # --- several workers ------------------------------------------------------------------------------------------
 
-    def _all_workers(self, tally: Tally) -> "Page":
+    def workers(self) -> Mapping[int, Snapshot]:
+        """What each worker has counted, ours as of now and the others' of their last second; alone, we are number 1.
+
+        Those that ended are together number 0, and have no gauges.
+        """
+        tally = self.tally
+        if tally is None:
+            return {1: self.snapshot()}
+        return {tally.worker: self.publish() or self.snapshot(), **tally.others()}
+
+    def together(self, found: Mapping[int, Snapshot]) -> "Page":
         """A sum of its own, made anew for each page. In the workers' order: at a cap all pages name the same series."""
         total = self._like_it()
-        found = {tally.worker: self.publish() or self.snapshot(), **tally.others()}
         for worker in sorted(found):
             total.join(found[worker])
         return total

@@ -88,7 +88,7 @@ class Pulse:
             client.check(now, self._settings)
         except Exception:  # whatever is wrong with one, the others' limits still hold; counted
             self._metrics.internal_errors.labels("task").inc()
-            log.exception("looking at an exchange failed")
+            log.exception("looking at an exchange failed", extra={"fields": {"request_id": client.request_id}})
         if client.stalled and not was_stalled:
             self._metrics.slow_clients.labels("read").inc()
 

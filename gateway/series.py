@@ -8,9 +8,11 @@ Rule 3: the hot path holds a bound series (`metric.labels("a", "b")`, cached) an
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import inf
 from operator import add
-from typing import Any, Generic, Protocol, TypeVar
+from time import sleep
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from aioprometheus.collectors import Collector, Counter, Gauge, Histogram, Registry
 
@@ -19,7 +21,8 @@ OTHER = "other"  # a label value beyond the cap, or one that a client made up
 # Series that one metric may have. Prometheus asks for labels whose values number fewer than ten, with few exceptions
 # (https://prometheus.io/docs/practices/instrumentation/#do-not-overuse-labels); `model` is our exception.
 MAX_SERIES = 1000
-MAX_HISTOGRAMS = 40  # of one metric; each is about twenty lines of the page
+MAX_HISTOGRAMS = 24  # of one metric; each is about twenty lines of the page
+GIVE_WAY = 0.0001  # seconds
 
 
 class Sampled(Protocol):
@@ -109,10 +112,31 @@ class HistogramSeries:
         self._counts[bisect_left(self._bounds, value)] += 1
         self.sum += value
 
+    def observe_gaps(self, times: Sequence[float]) -> None:
+        """Each difference of two neighbours in `times`, which never go down and are at least one.
+
+        The gaps of a stream are alike, so the bucket of the one before is tried first: it costs half of a search.
+        """
+        bounds, counts = self._bounds, self._counts
+        lowest = highest = -1.0  # no gap is in between
+        bucket = found = 0
+        before = times[0]
+        for time in times[1:]:
+            gap = time - before
+            before = time
+            if not lowest < gap <= highest:
+                counts[bucket] += found
+                bucket, found = bisect_left(bounds, gap), 0
+                lowest = bounds[bucket - 1] if bucket else -1.0
+                highest = bounds[bucket] if bucket < len(bounds) else inf
+            found += 1
+        counts[bucket] += found
+        self.sum += before - times[0]
+
     def sample(self) -> dict[float | str, float]:
         lines: dict[float | str, float] = {}
         total = 0
-        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
+        for bound, count in zip((*self._bounds, inf), self._counts, strict=True):
             total += count
             lines[bound] = total
         return {**lines, "count": total, "sum": self.sum}
@@ -126,6 +150,13 @@ class HistogramSeries:
             self.sum += numbers[-1]
 
 
+class Live(NamedTuple):
+    """What moves while a stream runs."""
+
+    tokens: CounterSeries  # of the completion
+    gaps: HistogramSeries  # between two texts, in seconds
+
+
 S = TypeVar("S", bound=Sampled)
 
 
@@ -133,12 +164,13 @@ class Labelled(Collector, Generic[S]):
     """A collector of aioprometheus's that holds its series itself, by their label values."""
 
     cap = MAX_SERIES
+    pieces = 50  # series that are shown, in half a millisecond, before other threads are let in
 
     def __init__(
         self, registry: Registry, name: str, doc: str, label_names: Sequence[str], new: Callable[[], S]
     ) -> None:
         super().__init__(name, doc, registry=registry)
-        self._label_names = tuple(label_names)
+        self.label_names = tuple(label_names)
         self._new = new
         self._series: dict[tuple[str, ...], S] = {}
 
@@ -148,8 +180,8 @@ class Labelled(Collector, Generic[S]):
         return series if series is not None else self._add(values)
 
     def _add(self, values: tuple[str, ...]) -> S:
-        if len(values) != len(self._label_names):
-            raise ValueError(f"{self.name} has {len(self._label_names)} labels, {len(values)} were given")
+        if len(values) != len(self.label_names):
+            raise ValueError(f"{self.name} has {len(self.label_names)} labels, {len(values)} were given")
         if len(self._series) >= self.cap:
             values = (OTHER,) * len(values)
         series = self._series[values] = self._series.get(values) or self._new()
@@ -165,15 +197,18 @@ class Labelled(Collector, Generic[S]):
     def join(self, numbers: Mapping[tuple[str, ...], Sequence[float]]) -> None:
         """Join in what `numbers` gave in another process."""
         for values, theirs in numbers.items():
-            if len(values) == len(self._label_names):  # else of a version with other labels
+            if len(values) == len(self.label_names):  # else of a version with other labels
                 self.labels(*values).join(theirs)
 
-    def get_all(self) -> list[tuple[dict[str, str], Any]]:
-        """What aioprometheus's formatter asks for. It writes label values as they are, so here they are escaped."""
-        return [
-            (dict(zip(self._label_names, map(escape, values), strict=True)), series.sample())
-            for values, series in list(self._series.items())
-        ]
+    def get_all(self) -> Iterator[tuple[dict[str, str], Any]]:  # type: ignore[override]  # one at a time will do
+        """What aioprometheus's formatter asks for. It writes label values as they are, so here they are escaped.
+
+        It is for a thread: the loop's is let in now and then, or streams would pause for Python's 5 ms, several times.
+        """
+        for number, (values, series) in enumerate(list(self._series.items()), 1):
+            if number % self.pieces == 0:
+                sleep(GIVE_WAY)
+            yield dict(zip(self.label_names, map(escape, values), strict=True)), series.sample()
 
 
 class LabelledCounter(Labelled[CounterSeries], Counter):
@@ -186,6 +221,7 @@ class LabelledGauge(Labelled[GaugeSeries], Gauge):
 
 class LabelledHistogram(Labelled[HistogramSeries], Histogram):
     cap = MAX_HISTOGRAMS
+    pieces = 3
 
 
 def clean(value: str) -> str:

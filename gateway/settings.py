@@ -56,6 +56,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         _doc("least severe log line written: `debug`, `info`, `warning`, `error`"),
     ] = "info"
 
+    gateway_traces: Annotated[
+        Literal["off", "otlp"],
+        _doc("`otlp` sends traces to the collector that OTEL_EXPORTER_OTLP_ENDPOINT names; needs the extra `otel`"),
+    ] = "off"
+
     database_url: Annotated[str, _doc("Postgres; empty: the embedded one in the data folder")] = ""
     redis_url: Annotated[str, _doc("Redis or Valkey; empty: the embedded one in the data folder")] = ""
     gateway_data_dir: Annotated[str, _doc("folder of the embedded servers")] = ".gateway/data"
@@ -129,7 +134,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     gateway_keep_months: Annotated[Count, _doc("whole months of usage rows kept beside this one; 0: all")] = 0
 
     gateway_trusted_proxies: Annotated[
-        Count, _doc("proxies in front that add to `X-Forwarded-For`; 0: the header is not read")
+        Count, _doc("proxies in front that add to `X-Forwarded-For` and say `X-Forwarded-Proto`; 0: neither is read")
     ] = 0
     gateway_registration: Annotated[
         str,

@@ -200,6 +200,19 @@ CREATE TABLE public.secrets (
 
 COMMENT ON TABLE public.secrets IS 'Secrets that all processes of a deployment share and that no setting gave.';
 
+CREATE TABLE public.sessions (
+    digest bytea NOT NULL,
+    account_id uuid NOT NULL,
+    created_at timestamp with time zone NOT NULL,
+    expires_at timestamp with time zone NOT NULL
+);
+
+COMMENT ON TABLE public.sessions IS 'Who is signed in with a browser. The token itself is never stored.';
+
+COMMENT ON COLUMN public.sessions.digest IS 'SHA-256 of the token in the cookie: 32 random bytes, which nobody guesses from it.';
+
+COMMENT ON COLUMN public.sessions.expires_at IS 'From when on it is refused, by the clock of the database.';
+
 CREATE TABLE public.usage (
     request_id uuid CONSTRAINT usage_request_id_not_null1 NOT NULL,
     started_at timestamp with time zone CONSTRAINT usage_started_at_not_null1 NOT NULL,
@@ -770,6 +783,9 @@ ALTER TABLE public.keys
 ALTER TABLE ONLY public.secrets
     ADD CONSTRAINT secrets_pkey PRIMARY KEY (name);
 
+ALTER TABLE ONLY public.sessions
+    ADD CONSTRAINT sessions_pkey PRIMARY KEY (digest);
+
 ALTER TABLE ONLY public.usage_chain
     ADD CONSTRAINT usage_chain_pkey PRIMARY KEY (seq);
 
@@ -813,6 +829,10 @@ ALTER TABLE ONLY public.usage_month_by_user
     ADD CONSTRAINT usage_month_by_user_pkey PRIMARY KEY (rollup, account_id, start, key_id, user_id, app_id, provider, model);
 
 CREATE INDEX keys_account_id ON public.keys USING btree (account_id);
+
+CREATE INDEX sessions_account_id ON public.sessions USING btree (account_id, created_at);
+
+CREATE INDEX sessions_expires_at ON public.sessions USING btree (expires_at);
 
 CREATE INDEX usage_account_id_started_at ON ONLY public.usage USING btree (account_id, started_at);
 
@@ -916,3 +936,6 @@ ALTER INDEX public.usage_rollups_start ATTACH PARTITION public.usage_month_by_us
 
 ALTER TABLE ONLY public.keys
     ADD CONSTRAINT keys_account_id_fkey FOREIGN KEY (account_id) REFERENCES public.accounts(id);
+
+ALTER TABLE ONLY public.sessions
+    ADD CONSTRAINT sessions_account_id_fkey FOREIGN KEY (account_id) REFERENCES public.accounts(id) ON DELETE CASCADE;

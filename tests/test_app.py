@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from gateway import app as application
-from gateway import appkeys
+from gateway import appkeys, databases
 from gateway.app import make_app
 from gateway.mock import Mock
 from gateway.protocol.errors import Unavailable
@@ -182,8 +182,8 @@ async def test_a_start_waits_for_a_postgres_that_goes_away_in_the_middle_of_it(
         if faults:
             raise faults.pop()
 
-    monkeypatch.setattr(application, "migrate", migrate)
-    pool = await application.connect_database(database_url)
+    monkeypatch.setattr(databases, "migrate", migrate)
+    pool = await databases.connect_database(database_url)
     assert not faults
     assert await pool.fetchval("select 1") == 1
     await pool.close()

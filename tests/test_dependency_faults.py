@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from redis.asyncio import Redis
 
 from gateway import appkeys
-from gateway.metrics import DEPENDENCY_ERROR_KINDS
+from gateway.labels import DEPENDENCY_ERROR_KINDS
 from gateway.stores import journal, postgres, script_connection
 from tests.prove.ledger import LEDGER
 from tests.prove.postgres import running_postgres

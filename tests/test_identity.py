@@ -1,4 +1,6 @@
+from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import cast
 
 import pytest
@@ -6,18 +8,38 @@ from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from gateway.appkeys import KEYS, SETTINGS
+from gateway.appkeys import KEYS, SESSIONS, SETTINGS
 from gateway.exchange import Principal
-from gateway.identity import MAX_CREDENTIAL, client_address, find_key, identify, tenant
-from gateway.protocol.errors import GatewayError, InvalidRequest, RateLimited, Unauthenticated, Unavailable
+from gateway.identity import (
+    MAX_CREDENTIAL,
+    by_https,
+    client_address,
+    find_key,
+    identify,
+    lent_key,
+    refuse_cross_site,
+    session_token,
+    tenant,
+)
+from gateway.protocol.errors import (
+    GatewayError,
+    InvalidRequest,
+    PermissionDenied,
+    RateLimited,
+    Unauthenticated,
+    Unavailable,
+)
 from gateway.settings import Settings
 from gateway.stores.attempts import Attempts
 from gateway.stores.keys import KeyStore
+from gateway.stores.sessions import Session, SessionStore
 from gateway.stores.tokens import join_token
 
 pytestmark = pytest.mark.unit
 
 KEY, OTHER = join_token("0" * 12, "1" * 43), join_token("0" * 12, "2" * 43)
+TOKEN = "t" * 43
+COOKIE = ("Cookie", f"aig_session={TOKEN}")
 PRINCIPAL = Principal("0" * 12, "aig_" + "0" * 12, "laptop", "account", "member")
 
 
@@ -125,17 +147,38 @@ class Keys:
             raise self.error
         return PRINCIPAL
 
+    async def lend(self, key_id: str, account_id: str) -> Principal:
+        if (key_id, account_id) != (PRINCIPAL.key_id, PRINCIPAL.account_id):
+            raise PermissionDenied("there is no such key of this account", code="key_not_usable")
+        return PRINCIPAL
+
+
+class Sessions:
+    """One good token, an admin's; how often any was looked up."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def find(self, token: str) -> Session:
+        self.asked += 1
+        if token != TOKEN:
+            raise Unauthenticated("nobody is signed in", code="invalid_session")
+        return Session(PRINCIPAL.account_id, "ada@example.com", "admin", datetime.now(UTC))
+
 
 @pytest.fixture
 def keys() -> Keys:
     return Keys()
 
 
-def asking(keys: Keys, *pairs: tuple[str, str], address: str = "10.0.0.1", proxies: int = 0) -> web.Request:
+def asking(
+    keys: Keys, *pairs: tuple[str, str], address: str = "10.0.0.1", proxies: int = 0, method: str = "GET"
+) -> web.Request:
     app = web.Application()
     app[KEYS] = cast(KeyStore, keys)
+    app[SESSIONS] = cast(SessionStore, Sessions())
     app[SETTINGS] = Settings(gateway_trusted_proxies=proxies)
-    return make_mocked_request("GET", "/v1/models", CIMultiDict(pairs), app=app).clone(remote=address)
+    return make_mocked_request(method, "/v1/models", CIMultiDict(pairs), app=app).clone(remote=address)
 
 
 async def test_a_good_key_names_its_principal(keys: Keys) -> None:
@@ -174,6 +217,149 @@ async def test_a_missing_key_and_an_outage_are_no_failures(keys: Keys) -> None:
             await identify(asking(keys, ("X-API-Key", OTHER)))
         with pytest.raises(Unauthenticated):
             await identify(asking(keys))
+
+
+# --- a browser that is signed in ----------------------------------------------------------------------------------
+
+
+async def test_a_cookie_names_an_account_and_no_key(keys: Keys) -> None:
+    principal, own_credential = await identify(asking(keys, COOKIE))
+    assert (principal.account_id, principal.role, principal.key_id, own_credential) == ("account", "admin", "", None)
+
+
+async def test_a_key_in_the_headers_wins_over_a_cookie_also_a_wrong_one(keys: Keys) -> None:
+    assert (await identify(asking(keys, ("X-API-Key", KEY), COOKIE)))[0] is PRINCIPAL
+    with pytest.raises(Unauthenticated, match="incorrect API key"):
+        await identify(asking(keys, ("Authorization", f"Bearer {OTHER}"), COOKIE))
+
+
+@pytest.mark.parametrize(
+    ("lines", "token"),
+    [
+        ([], ""),
+        ([f"aig_session={TOKEN}"], TOKEN),
+        ([f"theme=dark; aig_session={TOKEN}; x"], TOKEN),
+        ([f"theme=dark;aig_session={TOKEN}"], TOKEN),
+        (["theme=dark", f"aig_session={TOKEN}"], TOKEN),
+        ([f"aig_session={TOKEN}; aig_session={TOKEN}"], TOKEN),
+        ([f"aig_session={TOKEN}; aig_session=another"], ""),
+        ([f"aig_session={TOKEN}; aig_session"], ""),
+        ([f"AIG_SESSION={TOKEN}"], ""),
+        ([f"x-aig_session={TOKEN}"], ""),
+        ([f'theme="; aig_session={TOKEN}"'], f'{TOKEN}"'),
+        (["aig_session"], ""),
+        (["=;=;;" * 1000], ""),
+    ],
+)
+def test_the_token_is_what_the_one_cookie_of_its_name_holds(keys: Keys, lines: Sequence[str], token: str) -> None:
+    assert session_token(asking(keys, *(("Cookie", line) for line in lines))) == token
+
+
+READS, CHANGES = ("GET", "HEAD"), ("POST", "PATCH", "DELETE", "PUT", "OPTIONS")
+HOST = ("Host", "gw.example:3000")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "believed"),
+    [
+        ([], READS),
+        ([("Sec-Fetch-Site", "same-origin")], READS + CHANGES),
+        ([("Sec-Fetch-Site", "none")], READS),
+        ([("Sec-Fetch-Site", "same-site")], ()),
+        ([("Sec-Fetch-Site", "cross-site")], ()),
+        ([("Sec-Fetch-Site", "Same-Origin")], ()),
+        ([("Sec-Fetch-Site", "same-origin"), ("Sec-Fetch-Site", "cross-site")], ()),
+        ([("Sec-Fetch-Site", "cross-site"), ("Origin", "http://gw.example:3000")], ()),
+        ([("Sec-Fetch-Site", ""), ("Origin", "http://gw.example:3000")], READS + CHANGES),
+        ([("Origin", "http://gw.example:3000")], READS + CHANGES),
+        ([("Origin", "https://gw.example:3000")], READS + CHANGES),  # a proxy of which we are not told ends TLS
+        ([("Origin", "http://gw.example")], ()),
+        ([("Origin", "http://gw.example:3001")], ()),
+        ([("Origin", "http://evil.example")], ()),
+        ([("Origin", "http://gw.example:3000.evil.example")], ()),
+        ([("Origin", "http://evil.example/http://gw.example:3000")], ()),
+        ([("Origin", "ws://gw.example:3000")], ()),
+        ([("Origin", "null")], ()),
+        ([("Origin", "http://gw.example:3000"), ("Origin", "http://evil.example")], ()),
+    ],
+)
+async def test_a_cookie_is_believed_when_a_page_of_ours_sent_it(
+    keys: Keys, pairs: Sequence[tuple[str, str]], believed: Sequence[str]
+) -> None:
+    for method in READS + CHANGES:
+        request = asking(keys, HOST, COOKIE, *pairs, method=method)
+        if method in believed:
+            assert (await identify(request))[0].account_id == "account", method
+            continue
+        with pytest.raises(PermissionDenied) as caught:
+            await identify(request)
+        assert caught.value.error_code == "cross_site"
+        assert cast(Sessions, request.app[SESSIONS]).asked == 0, "foreign pages cost no look-up"
+
+
+def test_without_a_host_no_origin_is_ours(keys: Keys) -> None:
+    with pytest.raises(PermissionDenied):
+        refuse_cross_site(asking(keys, ("Origin", "http://"), COOKIE, method="POST"))
+
+
+def test_where_the_proxy_says_https_a_page_that_came_without_is_another_site(keys: Keys) -> None:
+    told = (HOST, ("X-Forwarded-Proto", "https"))
+    refuse_cross_site(asking(keys, *told, ("Origin", "https://gw.example:3000"), method="POST", proxies=1))
+    with pytest.raises(PermissionDenied):
+        refuse_cross_site(asking(keys, *told, ("Origin", "http://gw.example:3000"), method="POST", proxies=1))
+
+
+@pytest.mark.parametrize(
+    ("proxies", "told", "https"),
+    [
+        (0, [], False),
+        (0, ["https"], False),
+        (1, [], False),
+        (1, ["https"], True),
+        (1, [" HTTPS "], True),
+        (1, ["http"], False),
+        (1, ["https, http"], False),
+        (1, ["http", "https"], True),
+        (2, ["https, http"], True),
+        (2, ["https"], True),
+        (2, ["http, https, http"], True),
+        (1, [""], False),
+    ],
+)
+def test_https_is_what_the_outermost_proxy_of_ours_saw(
+    keys: Keys, proxies: int, told: Sequence[str], https: bool
+) -> None:
+    assert by_https(asking(keys, *(("X-Forwarded-Proto", line) for line in told), proxies=proxies)) is https
+
+
+@pytest.mark.parametrize("name", [PRINCIPAL.key_id, PRINCIPAL.key_prefix])
+async def test_who_signed_in_names_a_key_by_its_id_or_prefix(keys: Keys, name: str) -> None:
+    request = asking(keys, COOKIE, ("X-Gateway-Key", name))
+    assert await lent_key(request, (await identify(request))[0]) is PRINCIPAL
+
+
+@pytest.mark.parametrize(
+    ("names", "status"),
+    [
+        ([], 401),
+        ([""], 401),
+        (["aig_"], 401),
+        ([KEY], 400),
+        (["0" * 65], 400),
+        (["é" * 12], 400),
+        (["1" * 12], 403),
+        ([PRINCIPAL.key_id, "1" * 12], 401),
+    ],
+    ids=ascii,
+)
+async def test_who_signed_in_and_names_no_good_key_is_refused_and_not_quoted(
+    keys: Keys, names: Sequence[str], status: int
+) -> None:
+    request = asking(keys, COOKIE, *(("X-Gateway-Key", name) for name in names))
+    with pytest.raises(GatewayError) as caught:
+        await lent_key(request, (await identify(request))[0])
+    assert caught.value.http_status == status
+    assert not any(name in caught.value.message for name in names if name.removeprefix("aig_"))
 
 
 # --- where it comes from ------------------------------------------------------------------------------------------

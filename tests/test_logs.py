@@ -16,7 +16,7 @@ import pytest
 from aiohttp.http_exceptions import BadHttpMessage
 
 from gateway.exchange import Exchange, Principal
-from gateway.logs import LineHandler, exchange_fields, json_line, log_exchange, readable_line, setup
+from gateway.logs import LineHandler, exchange_fields, json_line, log_exchange, readable_line, setup, wants_colour
 from gateway.protocol.chat import parse_chat
 from gateway.protocol.routing import Provider, Target
 from gateway.protocol.usage import Usage
@@ -163,6 +163,7 @@ def test_an_endless_chain_of_causes_ends() -> None:
         ("postgresql://gateway:hun@ter/22@db:5432/x", "ter", "postgresql://gateway:***@db:5432/x"),
         ("refused: redis://:hun/ter22@cache:6379/0", "hun/ter22", "redis://:***@cache:6379/0"),
         ("Authorization: Basic dXNlcjpwYXNz", "dXNlcjpwYXNz", "Basic ***"),
+        ("Cookie: aig_session=" + "s" * 43, "sss", "aig_session=***"),
         ("x-api-key: 0123456789abcdef", "0123456789abcdef", "x-api-key: ***"),
         ("{'X-Api-Key': '0123456789abcdef'}", "0123456789abcdef", "{'X-Api-Key': '***'}"),
     ],
@@ -213,7 +214,7 @@ def test_a_development_line_is_read_at_a_glance() -> None:
     line = readable(
         record("GET %s", "/health", name="gateway.access", fields={"status": 200, "model": None, "note": "a b"})
     )
-    assert re.fullmatch(r'\d\d:\d\d:\d\d\.\d{3} info    access  GET /health  status=200  note="a b"', line)
+    assert re.fullmatch(r'\d\d:\d\d:\d\d\.\d{3}  info     access  GET /health  status=200  note="a b"', line)
 
 
 def test_a_development_exception_is_told_in_full_below_its_line() -> None:
@@ -223,11 +224,12 @@ def test_a_development_exception_is_told_in_full_below_its_line() -> None:
 
 
 def test_only_a_terminal_gets_colours(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
     setup("info", "development")
     log.warning("plain")
     assert "\x1b" not in capsys.readouterr().err
-    terminal = io.StringIO()
-    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     setup("info", "development")
     log.warning("coloured")
@@ -235,6 +237,28 @@ def test_only_a_terminal_gets_colours(capsys: pytest.CaptureFixture[str], monkey
     setup("info", "production")
     log.warning("json")
     assert "\x1b" not in terminal.getvalue().splitlines()[-1]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "environ", "colour"),
+    [
+        (Terminal(), {}, True),
+        (io.StringIO(), {}, False),
+        (Terminal(), {"TERM": "dumb"}, False),
+        (Terminal(), {"NO_COLOR": "0"}, False),
+        (Terminal(), {"NO_COLOR": ""}, True),
+        (io.StringIO(), {"FORCE_COLOR": "1", "TERM": "dumb"}, True),
+        (io.StringIO(), {"FORCE_COLOR": ""}, False),
+        (Terminal(), {"NO_COLOR": "1", "FORCE_COLOR": "1"}, False),
+    ],
+)
+def test_no_color_and_force_color_are_honoured(stream: io.StringIO, environ: dict[str, str], colour: bool) -> None:
+    assert wants_colour(stream, environ) is colour
 
 
 # --- logging never raises -----------------------------------------------------------------------------------------
@@ -366,7 +390,7 @@ def test_the_line_of_an_exchange_says_who_else_was_asked(exchange: Exchange) -> 
 
 
 def test_the_line_of_an_exchange_has_no_prompt_and_no_key(exchange: Exchange) -> None:
-    made = record("POST", fields=exchange_fields(exchange, None, ""))
+    made = record("POST", fields={"method": "POST", "path": "/v1/chat", **exchange_fields(exchange, None, "")})
     for line in (json_line(made), readable(made)):
         assert "the prompt" not in line
         assert "sk-" not in line
@@ -422,7 +446,7 @@ def test_in_development_or_with_other_handlers_it_is_a_record_like_any(
     assert caplog.messages == ["POST /v1/chat 200"]
     set_up_alone("development")
     log_exchange("POST", "/v1/chat", exchange, None, "")
-    assert "access  POST /v1/chat 200  method=POST" in capsys.readouterr().err
+    assert "  200       1.50 s  POST /v1/chat              fast → example  first 250 ms" in capsys.readouterr().err
 
 
 def test_no_line_of_an_exchange_is_written_where_only_warnings_are(
@@ -438,3 +462,96 @@ def test_no_line_of_an_exchange_is_written_where_only_warnings_are(
 def test_a_timestamp_is_that_of_rfc_3339(at: float) -> None:
     expected = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     assert parsed(record(created=at))["timestamp"] == expected
+
+
+# --- the same for people ------------------------------------------------------------------------------------------
+
+
+def told(done: Exchange, usage: Usage | None = None, source: str = "", *, colour: bool = False) -> str:
+    """The line of an exchange in development, without its time."""
+    fields = {"method": "POST", "path": "/v1/chat/completions", **exchange_fields(done, usage, source)}
+    line = readable_line(colour=colour)(record(name="gateway.access", fields=fields))
+    return line.partition("  ")[2]
+
+
+def test_in_development_an_exchange_is_told_in_one_line_that_ends_with_its_id(exchange: Exchange) -> None:
+    exchange.cost_micros = 1_200
+    assert told(exchange, Usage(12, 345), "provider") == (
+        "200       1.50 s  POST /v1/chat/completions  fast → example  first 250 ms  12→345 tokens  $0.0012"
+        "  key aig_0123456789AB  user u1  app a1  client id c1  id r1"
+    )
+
+
+def test_what_is_not_known_of_an_exchange_is_left_out() -> None:
+    refused = Exchange(id="r2", status=401, error_code="invalid_api_key", started=0.0, ended=0.004)
+    assert told(refused) == "401         4 ms  POST /v1/chat/completions  invalid_api_key  id r2"
+
+
+def test_lines_of_exchanges_stand_in_columns(exchange: Exchange) -> None:
+    slow = replace(exchange, ended=exchange.started + 72.3)
+    lines = [told(done) for done in (exchange, slow, Exchange(id="r2", status=404), Exchange(id="r3"))]
+    assert len({line.index("POST") for line in lines}) == 1
+    assert [line.split()[0] for line in lines] == ["200", "200", "404", "-"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "colour"),
+    [
+        ({}, "", "\x1b[32m"),
+        ({"status": 404, "outcome": "", "error_code": "model_not_found"}, "model_not_found", "\x1b[33m"),
+        (
+            {"outcome": "upstream_error", "error_code": "upstream_truncated"},
+            "upstream_error: upstream_truncated",
+            "\x1b[31m",
+        ),
+        ({"outcome": "budget_exhausted"}, "budget_exhausted", "\x1b[33m"),
+        ({"status": 0, "outcome": "client_abort"}, "client_abort", "\x1b[33m"),
+        ({"status": 503, "outcome": "", "error_code": "overloaded"}, "overloaded", "\x1b[31m"),
+        ({"status": 304, "outcome": ""}, "", "\x1b[36m"),
+    ],
+)
+def test_how_an_exchange_ended_is_said_and_has_its_colour(
+    exchange: Exchange, changes: dict[str, Any], words: str, colour: str
+) -> None:
+    done = replace(exchange, **changes)
+    assert (f"fast → example  {words}  first" if words else "fast → example  first") in told(done)
+    line = told(done, colour=True)
+    assert line.startswith(f"{colour}{done.status or '-':<7}\x1b[0m  ")
+    assert not words or f"{colour}{words}\x1b[0m" in line
+
+
+def test_a_count_that_is_not_the_providers_says_so(exchange: Exchange) -> None:
+    assert "  9→4 tokens (estimated)  " in told(exchange, Usage(9, 4), "estimated")
+
+
+@pytest.mark.parametrize(
+    ("micros", "shown"), [(0, "$0.00"), (7, "$0.000007"), (1_200_000, "$1.20"), (12_345_678, "$12.345678")]
+)
+def test_a_cost_is_shown_in_dollars_with_all_its_digits(exchange: Exchange, micros: int, shown: str) -> None:
+    assert f"  {shown}  key" in told(replace(exchange, cost_micros=micros))
+
+
+def test_other_providers_that_were_asked_are_named(exchange: Exchange) -> None:
+    exchange.headers["X-Gateway-Attempts"] = "openai=http_5xx, example=ok"
+    assert '  tried "openai=http_5xx, example=ok"  ' in told(exchange)
+
+
+@pytest.mark.parametrize("field", ["model", "user_id", "app_id", "client_request_id"])
+@pytest.mark.parametrize("char", ["\n", "\x1b", "\x9b", "\u2028", "\u202e", "\ud800"])
+def test_nothing_that_a_client_sends_forges_a_part_of_a_development_line(
+    exchange: Exchange, field: str, char: str
+) -> None:
+    setattr(exchange, field, f"x  $0.00  key aig_999{char}id r2")
+    line = told(exchange, colour=True)
+    assert len(line.splitlines()) == 1
+    assert char not in line.replace("\x1b[2m", "").replace("\x1b[32m", "").replace("\x1b[0m", "")
+    assert '"x  $0.00  key aig_999' in line, "in quotes, so that it is not taken for ours"
+
+
+@pytest.mark.parametrize("field", ["model", "user_id", "app_id", "client_request_id"])
+def test_a_credential_in_a_development_line_is_masked(exchange: Exchange, field: str) -> None:
+    for secret in (KEY, "sk-proj-abcdefgh-secret1", "Bearer abc.def-secret12="):
+        setattr(exchange, field, secret)
+        line = told(exchange, colour=True)
+        assert secret[-8:] not in line
+        assert "***" in line

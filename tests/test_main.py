@@ -27,7 +27,7 @@ pytestmark = pytest.mark.integration
 
 COMMANDS = [
     ["serve"], ["mock"], ["users"], ["users", "list"], ["users", "create"], ["users", "limit"], ["keys"],
-    ["keys", "list"], ["keys", "create"], ["keys", "change"], ["keys", "revoke"], ["usage"], ["migrate"], ["config"],
+    ["keys", "list"], ["keys", "create"], ["keys", "change"], ["keys", "revoke"], ["usage"], ["usage", "show"], ["migrate"], ["config"],
 ]  # fmt: skip
 
 

@@ -21,6 +21,8 @@ TIMES = dict.fromkeys(LIMITS, 0.05)
 class Looked:
     """At; the first look at it may fail."""
 
+    request_id = "01"
+
     def __init__(self, *, fails: bool = False, stalls: bool = False) -> None:
         self.looks = 0
         self.stalled = False

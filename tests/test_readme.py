@@ -63,7 +63,9 @@ def test_every_endpoint_is_in_the_readme_and_every_one_in_the_readme_is_there() 
         if route.resource is not None and route.method != "HEAD"
     }
     table = README.split("## Endpoints")[1].split("\n\n")[1]
-    assert {path for _, path in routes} == set(re.findall(r"(/[a-z0-9_/{}.:+]+[a-z}])", _first_column(table)))
+    assert {path for _, path in routes} == set(
+        re.findall(r"`(?:[A-Z, `]+ )?(/[a-z0-9_/{}.:+]*)`", _first_column(table))
+    )
 
 
 def _first_column(table: str) -> str:

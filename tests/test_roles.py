@@ -15,10 +15,15 @@ from tests.support.gateway import Gateway, chat_body, running_gateway
 pytestmark = pytest.mark.integration
 
 PASSWORD = "correct horse"
-ASKERS = ("nobody", "wrong key", "revoked key", "member, own", "member, another's", "admin", "password")
-OPEN = [200] * 7
-KEY = [401, 401, 401, 200, 200, 200, 401]
-OWN = [401, 401, 401, 200, 404, 200, 401]
+ASKERS = (
+    *("nobody", "wrong key", "revoked key", "member, own", "member, another's", "admin", "password"),
+    *("session, own", "session, another's", "session, admin", "session and key", "session, from another site"),
+)
+OPEN = [200] * 12
+KEY = [401, 401, 401, 200, 200, 200, 401, 401, 401, 401, 200, 403]
+ANY = [401, 401, 401, 200, 200, 200, 401, 200, 200, 200, 200, 403]
+OWN = [401, 401, 401, 200, 404, 200, 401, 200, 404, 200, 200, 403]
+ADMIN = [401, 401, 401, 403, 403, 200, 401, 403, 403, 200, 403, 403]
 
 # Of every route what each of ASKERS is answered. A new route is a line here.
 MATRIX: dict[tuple[str, str], list[int]] = {
@@ -29,17 +34,26 @@ MATRIX: dict[tuple[str, str], list[int]] = {
     ("GET", "/health/live"): OPEN,
     ("GET", "/health/ready"): OPEN,
     ("GET", "/metrics"): OPEN,
-    ("POST", "/auth/register"): [201] * 7,
-    ("POST", "/auth/keys"): [401, 401, 401, 403, 403, 201, 201],
-    ("GET", "/auth/keys"): KEY,
+    ("GET", "/"): [302] * 12,
+    ("GET", "/dashboard"): OPEN,
+    ("GET", "/dashboard/{name}"): OPEN,
+    ("POST", "/auth/register"): [201] * 12,
+    ("POST", "/auth/session"): [200] * 11 + [403],
+    ("GET", "/auth/session"): [401] * 7 + [200] * 4 + [403],
+    ("DELETE", "/auth/session"): [204] * 11 + [403],
+    ("POST", "/auth/keys"): [401, 401, 401, 403, 403, 201, 201, 201, 403, 201, 201, 403],
+    ("GET", "/auth/keys"): ANY,
     ("GET", "/auth/keys/{id}"): OWN,
     ("PATCH", "/auth/keys/{id}"): OWN,
     ("DELETE", "/auth/keys/{id}"): OWN,
-    ("GET", "/auth/users"): KEY,
+    ("GET", "/auth/users"): ANY,
     ("GET", "/auth/users/{id}"): OWN,
-    ("PATCH", "/auth/users/{id}"): [401, 401, 401, 403, 404, 200, 401],
-    ("GET", "/api/stats"): KEY,
-    ("GET", "/api/usage"): KEY,
+    ("PATCH", "/auth/users/{id}"): [401, 401, 401, 403, 404, 200, 401, 403, 404, 200, 403, 403],
+    ("GET", "/api/stats"): ANY,
+    ("GET", "/api/latency"): ANY,
+    ("GET", "/api/live"): ADMIN,
+    ("GET", "/api/usage"): ANY,
+    ("GET", "/api/usage/{id}"): OWN,
 }
 
 
@@ -62,17 +76,24 @@ class World:
     client: aiohttp.ClientSession
     people: dict[str, Person] = field(default_factory=dict)
     revoked: str = ""
+    answered: dict[str, str] = field(default_factory=dict)  # request ids in the audit trail, by their account
     count: int = 0  # of accounts that were registered on the way
 
     async def key_of(self, account_id: str) -> str:
         made = await self.gateway.app[appkeys.KEYS].create(account_id, "laptop")
         return made.token
 
-    async def ask(self, method: str, path: str, token: str | None, body: dict[str, Any] | None = None) -> Any:
-        """Status and JSON, None when the answer is none."""
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+    async def session_of(self, account_id: str) -> str:
+        return (await self.gateway.app[appkeys.SESSIONS].open(account_id)).token
+
+    async def ask(
+        self, method: str, path: str, token: str | None, body: dict[str, Any] | None = None, **more: str
+    ) -> Any:
+        """Status and JSON, None when the answer is none. `more`: headers."""
+        headers = {**({"Authorization": f"Bearer {token}"} if token else {}), **more}
         url = f"{self.gateway.root_url}{path}"
-        async with self.client.request(method, url, json=body, headers=headers) as response:
+        asked = self.client.request(method, url, json=body, headers=headers, allow_redirects=False)
+        async with asked as response:
             is_json = response.content_type == "application/json" and method != "HEAD"
             return response.status, await response.json() if is_json else None
 
@@ -109,18 +130,31 @@ def all_routes(gateway: Gateway) -> set[tuple[str, str]]:
 
 async def answer_to(world: World, asker: str, method: str, template: str) -> int:
     """The status. What is asked about is the asker's own, but for `another's` and the admin's."""
-    ada, ben, admin = (world.people[name] for name in ("ada", "ben", "admin"))
-    about = ben if asker in ("member, another's", "admin") else ada
-    tokens = {"wrong key": make_token(), "revoked key": world.revoked, "admin": admin.token}
-    token = tokens.get(asker, ada.token if asker.startswith("member") else None)
-    path = template
+    about = world.people["ben" if "another's" in asker or "admin" in asker else "ada"]
+    path = template.replace("{name}", "")
     if template.endswith("/{id}"):
-        known = {"models": "openai/mock-gpt", "users": about.account_id}
+        known = {"models": "openai/mock-gpt", "users": about.account_id, "usage": world.answered[about.account_id]}
         name = template.split("/")[2]
         path = template.replace("{id}", known[name] if name in known else id_of(await world.key_of(about.account_id)))
     body = _body(world, asker, method, template, about)
-    status, _ = await world.ask(method, path, token, body)
+    status, _ = await world.ask(method, path, _token(world, asker), body, **await _session(world, asker))
     return int(status)
+
+
+def _token(world: World, asker: str) -> str | None:
+    tokens = {"wrong key": make_token(), "revoked key": world.revoked, "admin": world.people["admin"].token}
+    return tokens.get(asker, world.people["ada"].token if asker.startswith("member") else None)
+
+
+async def _session(world: World, asker: str) -> dict[str, str]:
+    """A new one each time: signing out ends it."""
+    if not asker.startswith("session"):
+        return {}
+    person = world.people["admin" if asker == "session, admin" else "ada"]
+    site = "same-site" if asker == "session, from another site" else "same-origin"
+    key = {"X-Gateway-Key": id_of(person.token)} if asker == "session and key" else {}
+    cookie = f"aig_session={await world.session_of(person.account_id)}"
+    return {"Cookie": cookie, "Sec-Fetch-Site": site, **key}
 
 
 def _body(world: World, asker: str, method: str, template: str, about: Person) -> dict[str, Any] | None:
@@ -131,6 +165,7 @@ def _body(world: World, asker: str, method: str, template: str, about: Person) -
     bodies: dict[str, dict[str, Any]] = {
         "/v1/chat/completions": chat_body("openai/mock-gpt?tokens=1"),
         "/auth/register": {"email": f"user{world.count}@example.com", "password": PASSWORD},
+        "/auth/session": login,
         "/auth/keys": {"key_name": "x", **({"email": about.email} if about.name == "ben" else {})},
         "/auth/keys/{id}": {"key_name": "y"},
         "/auth/users/{id}": {"tokens_per_day": 5},
@@ -140,6 +175,9 @@ def _body(world: World, asker: str, method: str, template: str, about: Person) -
 
 async def test_every_route_answers_everybody_as_the_matrix_says(world: World, figure: Callable[[str], None]) -> None:
     assert all_routes(world.gateway) == MATRIX.keys()
+    for person in world.people.values():
+        await world.ask("POST", "/v1/chat/completions", person.token, chat_body("openai/mock-gpt?tokens=1"))
+    world.answered = {str(row["account_id"]): str(row["request_id"]) for row in await world.gateway.rows()}
     answers = {
         (method, path): [await answer_to(world, asker, method, path) for asker in ASKERS] for method, path in MATRIX
     }
@@ -150,7 +188,7 @@ async def test_every_route_answers_everybody_as_the_matrix_says(world: World, fi
 
 async def test_head_is_answered_like_get(world: World) -> None:
     for method, path in MATRIX:
-        if method == "GET" and "{id}" not in path:
+        if method == "GET" and "{" not in path:
             for token in (None, make_token(), world.people["ada"].token):
                 statuses = [(await world.ask(name, path, token))[0] for name in ("GET", "HEAD")]
                 assert statuses[0] == statuses[1], path

@@ -4,6 +4,8 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from statistics import median
+from time import perf_counter
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,11 +15,12 @@ import pytest
 
 from gateway import appkeys
 from gateway.client import Client
-from gateway.exchange import Exchange
+from gateway.exchange import Exchange, Reservation
 from gateway.http1 import Connection as Http1
+from gateway.labels import INTER_TOKEN_SECONDS
 from gateway.protocol.dialects import DIALECTS
 from gateway.protocol.meter import Meter
-from gateway.series import CounterSeries
+from gateway.series import CounterSeries, HistogramSeries, Live
 from gateway.stores.recorder import Recorder
 from gateway.stream import Stream, Tally
 from gateway.upstream import Answer
@@ -204,12 +207,22 @@ class Connected:
         """Nothing is there."""
 
 
-def streaming(*, blocked: bool = False) -> tuple[Stream, Answer, Connected, Meter, Any]:
+class Paid:
+    """A reservation that pays for everything, as far as a stream asks one."""
+
+    def used(self, tokens: int) -> bool:
+        return True
+
+
+def streaming(
+    *, blocked: bool = False, live: Live | None = None, budget: bool = False
+) -> tuple[Stream, Answer, Connected, Meter, Any]:
     """A stream of an OpenAI dialect's answer, to a client that is none."""
     call, meter, connected = make_call("openai"), Meter(()), Connected()
     exchange = Exchange(chat=call.chat, target=call.target, meter=meter)
+    exchange.reservation = cast(Reservation, Paid()) if budget else None
     client = SimpleNamespace(write=lambda data: None, blocked=blocked, on_flow=None, reading_since=0.0, sent=0.0)
-    tally = Tally(exchange, meter, CounterSeries())
+    tally = Tally(exchange, meter, live or Live(CounterSeries(), HistogramSeries(INTER_TOKEN_SECONDS)))
     recorder = cast(Recorder, SimpleNamespace(tick=lambda exchange: None))
     stream = Stream(exchange, DIALECTS["openai"].translator(call), tally, cast(Client, client), recorder)
     return stream, Answer(cast(Http1, connected), "example"), connected, meter, client
@@ -249,6 +262,109 @@ async def test_a_stream_that_runs_says_when_it_last_sent_so_that_no_heartbeat_co
     assert client.sent > 0.0 and client.reading_since > 0.0
     task.cancel()
     await asyncio.wait([task])
+
+
+# --- how long the provider takes from text to text ----------------------------------------------------------------
+
+
+def told(words: str = "", **choice: Any) -> bytes:
+    fields = {"index": 0, "delta": {"content": words} if words else {}, **choice}
+    return b"data: " + orjson.dumps({"choices": [fields]}) + b"\n\n"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Seconds, as a stream sees them."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("gateway.stream.monotonic", lambda: clock.now)
+    return clock
+
+
+@asynccontextmanager
+async def running(*, budget: bool = False) -> AsyncIterator[tuple[Answer, HistogramSeries, Any]]:
+    """A stream that is being read: its answer, the gaps that are counted by its end, and its client."""
+    live = Live(CounterSeries(), HistogramSeries(INTER_TOKEN_SECONDS))
+    stream, answer, _, _, client = streaming(live=live, budget=budget)
+    task = asyncio.create_task(stream.run(answer))
+    await asyncio.sleep(0)
+    yield answer, live.gaps, client
+    task.cancel()
+    await asyncio.wait([task])
+    stream.settle()
+
+
+def buckets(gaps: HistogramSeries) -> dict[float, int]:
+    """How many gaps are in each bucket that has any, by its upper bound."""
+    counted = dict(zip((*INTER_TOKEN_SECONDS, float("inf")), gaps.numbers(), strict=False))
+    return {bound: int(count) for bound, count in counted.items() if count}
+
+
+@pytest.mark.parametrize("budget", [False, True], ids=["no budget", "a budget"])
+async def test_the_gaps_between_texts_are_counted_and_a_read_without_text_is_none(
+    clock: SimpleNamespace, budget: bool
+) -> None:
+    async with running(budget=budget) as (answer, gaps, _):
+        for seconds, read in (
+            (9.0, told()),  # the role alone: the model has said nothing yet
+            (2.0, told("one")),
+            (0.02, told("two") + told("three") + told("four")),
+            (0.03, b": still here\n\n"),
+            (0.04, told("five")),
+            (4.0, told("six")),
+            (0.5, told(finish_reason="stop")),
+        ):
+            clock.now += seconds
+            answer.received(read)
+    assert buckets(gaps) == {0.025: 1, 0.075: 1, 5.0: 1}
+    assert gaps.sum == pytest.approx(4.09)
+
+
+async def test_gaps_are_counted_while_the_stream_runs(clock: SimpleNamespace) -> None:
+    async with running() as (answer, gaps, _):
+        for _ in range(40):
+            clock.now += 0.02
+            answer.received(told("word"))
+        assert gaps.count > 25
+    assert gaps.count == 39
+
+
+async def test_how_long_a_client_did_not_read_is_no_gap_of_the_providers(clock: SimpleNamespace) -> None:
+    async with running() as (answer, gaps, client):
+        for seconds, blocked in ((0.02, False), (0.02, True), (60.0, False), (0.02, False)):
+            clock.now += seconds
+            if client.blocked:
+                client.blocked = False
+                client.on_flow()
+            answer.received(told("word"))
+            if blocked:
+                client.blocked = True
+                client.on_flow()
+    assert buckets(gaps) == {0.025: 2}
+
+
+async def test_what_the_gaps_cost_of_a_chunk(monkeypatch: pytest.MonkeyPatch, figure: Callable[[str], None]) -> None:
+    """Beside the same stream without them, in turn, because the machine is shared; the median of what they differ by."""
+    read, found = told("word"), list[tuple[float, float]]()
+
+    async def cost() -> float:
+        """Microseconds of a chunk."""
+        async with running() as (answer, _, _):
+            answer.received(read)
+            began = perf_counter()
+            for _ in range(200):
+                answer.received(read)
+            return (perf_counter() - began) / 200 * 1e6
+
+    monkeypatch.setattr("gateway.stream.LIVE", 0.00005)  # of chunks that come as fast as they can: a dozen
+    for _ in range(300):
+        with monkeypatch.context() as patched:
+            patched.setattr(HistogramSeries, "observe_gaps", lambda gaps, times: None)
+            without = await cost()
+        found.append((await cost(), without))
+    added = median(one - other for one, other in found)
+    chunk = median(other for _, other in found)
+    figure(f"a chunk: {chunk:.2f} µs from its read to its write, and {added:.2f} to count the gap before it")
+    assert added < 0.5
 
 
 # --- a client that does not read ----------------------------------------------------------------------------------

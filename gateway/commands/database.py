@@ -35,8 +35,7 @@ def with_servers(settings: Settings, work: Callable[[str, str], Awaitable[Rows]]
     ones. Ends the command when they cannot be had."""
     import asyncpg
 
-    from gateway.app import open_database
-    from gateway.embedded import EmbeddedError
+    from gateway.embedded import EmbeddedError, open_database
     from gateway.serve import reason
     from gateway.stores.migrations import MigrationError
 
@@ -81,7 +80,7 @@ class Stores:
 
 def with_database(settings: Settings, work: Callable[[Stores], Awaitable[Rows]]) -> Rows:
     """What `work(stores)` gives, on a database that is up to date."""
-    from gateway.app import connect_database, open_redis
+    from gateway.databases import connect_database, open_redis
     from gateway.stores.accounts import AccountStore
     from gateway.stores.keys import KeyStore
     from gateway.stores.passwords import HashingPool

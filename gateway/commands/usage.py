@@ -3,7 +3,10 @@
 import argparse
 import os
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+
+import orjson
 
 from gateway.commands.database import Rows, Stores, add_json, print_rows, with_database
 from gateway.settings import Settings
@@ -25,7 +28,20 @@ def describe_usage(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group-by", choices=GROUP_BY, default="model")
     add_json(parser)
     parser.set_defaults(run=_usage)
-    describe_audit(parser.add_subparsers(required=False, metavar="ACTION"))
+    actions = parser.add_subparsers(required=False, metavar="ACTION")
+    _describe_show(actions)
+    describe_audit(actions)
+
+
+def _describe_show(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    show = actions.add_parser(
+        "show",
+        help="print all that is known of one request",
+        description="Print the usage row of one request, every column on a line of its own.",
+    )
+    show.add_argument("id", help="the X-Request-Id of its answer")
+    add_json(show)
+    show.set_defaults(run=_show)
 
 
 def _bound(text: str) -> "Bound | None":
@@ -55,6 +71,20 @@ def _usage(arguments: argparse.Namespace, settings: Settings) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return status
+
+
+def _show(arguments: argparse.Namespace, settings: Settings) -> int:
+    from gateway.stores.stats import read_row
+
+    async def work(stores: Stores) -> Rows:
+        row = await read_row(stores.pool, None, arguments.id)
+        return [{**asdict(row), "total_tokens": row.total_tokens}]
+
+    [row] = with_database(settings, work)
+    if arguments.json:
+        print(orjson.dumps(row, option=orjson.OPT_INDENT_2 | orjson.OPT_UTC_Z).decode())
+        return 0
+    return print_rows([{"column": name, "value": value} for name, value in row.items()], False)
 
 
 def _figures(group: "Figures") -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Accounts: registered, listed, limited; and their keys: made, listed, changed, revoked.
 
-Who may grant what: an admin, anything. A member, at most the deployment's defaults for a new key; and with a key in the
-hand instead of a password, at most what that key itself may do, so that a key given away cannot widen itself. What all
-keys of an account may use together is for admins to say.
+Who may grant what: an admin, anything. A member who gives the password, or gave it to sign in, at most the deployment's
+defaults for a new key; and with a key in the hand instead, at most what that key itself may do, so that a key given
+away cannot widen itself. What all keys of an account may use together is for admins to say.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ from gateway.appkeys import ACCOUNTS, KEYS, SETTINGS, root
 from gateway.body import leave_expectation, read_body
 from gateway.exchange import Principal
 from gateway.handlers import budgets
-from gateway.identity import client_address, find_key, identify, tenant
+from gateway.identity import client_address, find_key, identify, session_token, tenant
 from gateway.protocol.checks import MAX_MODEL
 from gateway.protocol.errors import (
     InvalidRequest,
@@ -69,26 +69,26 @@ def routes() -> list[web.RouteDef]:
 
 
 async def register(request: web.Request) -> web.Response:
-    fields = await _read_fields(request, {"email": _text, "password": _text}, required=("email", "password"))
+    fields = await read_fields(request, {"email": text_field, "password": text_field}, required=("email", "password"))
     registration = root(request)[SETTINGS].gateway_registration
     accounts = root(request)[ACCOUNTS]
     account = await accounts.register(
         fields["email"], fields["password"], registration=registration, address=client_address(request)
     )
     message = "Account created: the first one, so it is the admin." if account.role == "admin" else "Account created."
-    return _answer({"user_id": account.id, "message": message}, status=201)
+    return answer({"user_id": account.id, "message": message}, status=201)
 
 
 async def list_users(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
     users = await root(request)[ACCOUNTS].list(tenant(principal))
-    return _answer({"users": [_shown_user(user) for user in users]})
+    return answer({"users": [_shown_user(user) for user in users]})
 
 
 async def show_user(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
     user = await root(request)[ACCOUNTS].get(request.match_info["id"], tenant(principal))
-    return _answer({**_shown_user(user), "budgets": await budgets.of_account(request, user.id, user.budget)})
+    return answer({**_shown_user(user), "budgets": await budgets.of_account(request, user.id, user.budget)})
 
 
 async def change_user(request: web.Request) -> web.Response:
@@ -96,10 +96,10 @@ async def change_user(request: web.Request) -> web.Response:
     if principal.role != "admin":
         await root(request)[ACCOUNTS].get(request.match_info["id"], tenant(principal))  # a foreign one is 404
         raise PermissionDenied("only an admin limits accounts")
-    fields = await _read_fields(request, dict.fromkeys(BUDGET_NAMES, _limit))
+    fields = await read_fields(request, dict.fromkeys(BUDGET_NAMES, _limit))
     announce = root(request)[KEYS].announce_account
     user = await root(request)[ACCOUNTS].change(request.match_info["id"], cast(BudgetLimits, fields), announce)
-    return _answer({**_shown_user(user), "budgets": await budgets.of_account(request, user.id, user.budget)})
+    return answer({**_shown_user(user), "budgets": await budgets.of_account(request, user.id, user.budget)})
 
 
 def _shown_user(user: Account) -> dict[str, Any]:
@@ -116,8 +116,8 @@ def _shown_user(user: Account) -> dict[str, Any]:
 
 
 async def create_key(request: web.Request) -> web.Response:
-    checks = {"email": _text, "password": _text, **_KEY_FIELDS}
-    fields = await _read_fields(request, checks, required=("key_name",))
+    checks = {"email": text_field, "password": text_field, **_KEY_FIELDS}
+    fields = await read_fields(request, checks, required=("key_name",))
     account_id, grant = await _creator(request, fields.get("email"), fields.get("password"))
     limits: KeyLimits = {**_defaults(root(request)[SETTINGS]), **_limits(fields)}
     grant.check(limits)
@@ -131,36 +131,36 @@ async def create_key(request: web.Request) -> web.Response:
         "expires_at": expires_at,
         "message": "Keep this key now: it is not shown again.",
     }
-    return _answer(body, status=201)
+    return answer(body, status=201)
 
 
 async def list_keys(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
     keys = await root(request)[KEYS].list(tenant(principal))
-    return _answer({"keys": [_shown(key) for key in keys]})
+    return answer({"keys": [_shown(key) for key in keys]})
 
 
 async def show_key(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
     key = await root(request)[KEYS].get(request.match_info["id"], tenant(principal))
-    return _answer({**_shown(key), "budgets": await budgets.of_key(request, key)})
+    return answer({**_shown(key), "budgets": await budgets.of_key(request, key)})
 
 
 async def change_key(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
-    fields = await _read_fields(request, _KEY_FIELDS)
+    fields = await read_fields(request, _KEY_FIELDS)
     names = {"key_name": "name"}
     changes = cast(KeyChanges, {names.get(name, name): value for name, value in fields.items()})
     _grant_of(principal, root(request)[SETTINGS]).check(changes)
     key = await root(request)[KEYS].change(request.match_info["id"], tenant(principal), changes)
-    return _answer({**_shown(key), "budgets": await budgets.of_key(request, key)})
+    return answer({**_shown(key), "budgets": await budgets.of_key(request, key)})
 
 
 async def revoke_key(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
     key_id = request.match_info["id"]
     await root(request)[KEYS].revoke(key_id, tenant(principal))
-    return _answer({"id": key_id, "revoked": True})
+    return answer({"id": key_id, "revoked": True})
 
 
 def _limits(fields: Mapping[str, Any]) -> KeyLimits:
@@ -189,7 +189,7 @@ def _shown(key: Key) -> dict[str, Any]:
     }
 
 
-def _answer(body: Mapping[str, Any], status: int = 200) -> web.Response:
+def answer(body: Mapping[str, Any], status: int = 200) -> web.Response:
     headers = {"Cache-Control": "no-store"}  # it may hold a key
     return web.Response(body=orjson.dumps(body), status=status, headers=headers, content_type="application/json")
 
@@ -241,20 +241,23 @@ def _within(model: str, pattern: str) -> bool:
 
 
 async def _creator(request: web.Request, email: str | None, password: str | None) -> tuple[str, Grant]:
-    """Whose the new key is, and what may be granted: by email and password, or by an admin's key in the headers."""
+    """Whose the new key is, and what may be granted: by email and password, a session, or an admin's key."""
     settings, accounts = root(request)[SETTINGS], root(request)[ACCOUNTS]
     if password is not None:
         if email is None:
             raise InvalidRequest("email is missing", param="email", code="missing_required_parameter")
         account = await accounts.login(email, password, address=client_address(request))
         return account.id, Grant() if account.role == "admin" else _default_grant(settings)
-    if find_key(request.headers)[0] is None:
+    if find_key(request.headers)[0] is None and not session_token(request):
         raise Unauthenticated("send the account's email and password, or an admin's key in the headers")
     principal, _ = await identify(request)
     if principal.role != "admin":
-        raise PermissionDenied("only an admin's key makes keys; others send email and password")
+        if principal.key_id:
+            raise PermissionDenied("only an admin's key makes keys; others send email and password")
+        if email is not None:
+            raise PermissionDenied("only an admin says whose a key is", param="email")
     owner = principal.account_id if email is None else (await accounts.find(email)).id
-    return owner, Grant()
+    return owner, _grant_of(principal, settings)
 
 
 def _default_grant(settings: Settings) -> Grant:
@@ -264,6 +267,7 @@ def _default_grant(settings: Settings) -> Grant:
 def _grant_of(principal: Principal, settings: Settings) -> Grant:
     if principal.role == "admin":
         return Grant()
+    # Who signed in has no limits of their own: the defaults are left, as with the password.
     own: Mapping[str, float] = {
         "requests_per_minute": principal.requests_per_minute,
         "requests_per_second": principal.requests_per_second,
@@ -285,7 +289,7 @@ def _lower(one: float, other: float) -> float:
 Check = Callable[[str, Any], Any]
 
 
-async def _read_fields(
+async def read_fields(
     request: web.Request, checks: Mapping[str, Check], required: Sequence[str] = ()
 ) -> dict[str, Any]:
     """The checked fields of the body. A field that is not in `checks` is refused: a slip would be a limit not set."""
@@ -299,14 +303,14 @@ async def _read_fields(
     return {name: checks[name](name, value) for name, value in fields.items()}
 
 
-def _text(name: str, value: Any) -> str:
+def text_field(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise InvalidRequest(f"invalid {name}: a string is required", param=name)
     return value
 
 
 def _name(name: str, value: Any) -> str:
-    text = _text(name, value).strip()
+    text = text_field(name, value).strip()
     if not 0 < len(text) <= MAX_NAME or not text.isprintable():
         raise InvalidRequest(f"invalid {name}: 1 to {MAX_NAME} printable characters are required", param=name)
     return text
@@ -330,7 +334,7 @@ def _models(name: str, value: Any) -> tuple[str, ...]:
 
 
 def _expiry(name: str, value: Any) -> datetime | None:
-    return None if value is None else parse_expiry(_text(name, value))
+    return None if value is None else parse_expiry(text_field(name, value))
 
 
 _KEY_FIELDS: Mapping[str, Check] = {

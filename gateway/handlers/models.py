@@ -30,7 +30,7 @@ async def show_model(request: web.Request) -> web.Response:
 
 async def _answer(request: web.Request, content: dict[str, Any]) -> web.Response:
     body, headers = await encode_json(request, orjson.dumps(content))
-    return web.Response(body=body, headers=headers)
+    return web.Response(body=body, headers={**headers, "Cache-Control": "no-store"})  # whose key it is, no cache knows
 
 
 def _allowed(request: web.Request) -> tuple[str, ...]:

@@ -18,7 +18,20 @@ from gateway.exchange import Principal
 from gateway.identity import MAX_LABEL, identify, tenant
 from gateway.protocol.checks import MAX_MODEL
 from gateway.protocol.errors import InvalidRequest
-from gateway.stores.stats import GROUP_BY, Bound, Figures, Scope, Stats, Turns, bound_of, read_rows, read_stats
+from gateway.stores.percentiles import RANGES as LATENCY_RANGES
+from gateway.stores.percentiles import Percentiles, Point, read_latency
+from gateway.stores.stats import (
+    GROUP_BY,
+    Bound,
+    Figures,
+    Scope,
+    Stats,
+    Turns,
+    bound_of,
+    read_row,
+    read_rows,
+    read_stats,
+)
 from gateway.stores.tokens import PREFIX, prefix_of
 from gateway.stores.usage import UsageRow
 
@@ -28,12 +41,18 @@ FORMATS = ("json", "csv")
 RANGES = ("1h", "24h", "7d", "30d", "all")
 MAX_PROVIDER = 256  # characters
 
-_FILTERS = frozenset({"range", "since", "until", "user", "app", "model", "provider", "key"})
+_COLUMNS_ASKED = frozenset({"user", "app", "model", "provider", "key"})
+_FILTERS = _COLUMNS_ASKED | {"range", "since", "until"}
 
 
 def routes() -> list[web.RouteDef]:
-    turns = Turns()  # of one application, taken by both routes; there is nothing to close
-    return [web.get("/api/stats", partial(stats, turns)), web.get("/api/usage", partial(usage, turns))]
+    turns = Turns()  # of one application, taken by all routes; there is nothing to close
+    return [
+        web.get("/api/stats", partial(stats, turns)),
+        web.get("/api/latency", partial(latency, turns)),
+        web.get("/api/usage", partial(usage, turns)),
+        web.get("/api/usage/{id}", partial(one_request, turns)),
+    ]
 
 
 async def stats(turns: Turns, request: web.Request) -> web.Response:
@@ -68,6 +87,30 @@ async def stats(turns: Turns, request: web.Request) -> web.Response:
     return _json(body)
 
 
+async def latency(turns: Turns, request: web.Request) -> web.Response:
+    """Percentiles of latency and of the time to the first token, in steps of a range that grow with it.
+
+    `sampled`: there are so many rows that some were read for all; then `requests` are estimates, too. A step without a
+    request has no point.
+    """
+    principal, _ = await identify(request)
+    query = _query(request, _COLUMNS_ASKED | {"range"})
+    name = _choice(query, "range", LATENCY_RANGES, "24h")
+    scope = _scope(principal, query, default_range="24h")
+    async with turns.take(principal.account_id):
+        found = await read_latency(root(request)[POOL], scope, name)
+    return _json(
+        {
+            "range": name,
+            "since": found.begin,
+            "until": found.end,
+            "step_seconds": round(found.step.total_seconds()),
+            "sampled": found.sampled,
+            "points": [_point(point) for point in found.points],
+        }
+    )
+
+
 async def usage(turns: Turns, request: web.Request) -> web.Response:
     """A page of rows, newest first; the next page begins at `next_cursor` (CSV: the header `X-Next-Cursor`)."""
     principal, _ = await identify(request)
@@ -86,6 +129,15 @@ async def usage(turns: Turns, request: web.Request) -> web.Response:
     return await asyncio.to_thread(_page, page, next_cursor, queued)
 
 
+async def one_request(turns: Turns, request: web.Request) -> web.Response:
+    """The row of one request, by its X-Request-Id."""
+    principal, _ = await identify(request)
+    _query(request, ())
+    async with turns.take(principal.account_id):
+        row = await read_row(root(request)[POOL], tenant(principal), request.match_info["id"])
+    return _json(_row(row))
+
+
 # --- what was asked -----------------------------------------------------------------------------------------------
 
 
@@ -94,7 +146,7 @@ def _query(request: web.Request, known: Collection[str]) -> Mapping[str, str]:
     given: dict[str, str] = {}
     for name, value in request.query.items():
         if name not in known:
-            _refuse(name[:64], f"unknown here; known are {', '.join(sorted(known))}")
+            _refuse(name[:64], f"unknown here; known are {', '.join(sorted(known)) or 'none'}")
         if name in given:
             _refuse(name, "given twice")
         given[name] = value
@@ -211,6 +263,19 @@ def _figures(figures: Figures) -> dict[str, Any]:
 
 def _rounded(milliseconds: float | None) -> float | None:
     return None if milliseconds is None else round(milliseconds, 1)
+
+
+def _point(point: Point) -> dict[str, Any]:
+    return {
+        "start": point.start,
+        "requests": point.requests,
+        "latency_ms": _percentiles(point.latency_ms),
+        "ttft_ms": None if point.ttft_ms is None else _percentiles(point.ttft_ms),
+    }
+
+
+def _percentiles(percentiles: Percentiles) -> dict[str, float]:
+    return {name: round(milliseconds, 1) for name, milliseconds in percentiles._asdict().items()}
 
 
 def _group(group_by: str, group: Figures) -> dict[str, Any]:

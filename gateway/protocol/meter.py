@@ -56,23 +56,26 @@ class Meter:
         self.usage: Usage | None = None  # the provider's, last one wins
         self.finish_reason: str | None = None
 
-    def see(self, text: str, usage: Usage | None, finish_reason: str | None) -> int:
-        """Take in one chunk or a whole reply; how many tokens (estimated) it added."""
+    def see(self, text: str, usage: Usage | None, finish_reason: str | None) -> None:
+        """Take in one chunk or a whole reply."""
         if usage is not None:
             self.usage = usage
         elif text and self.usage is not None and self.usage.completion_tokens is not None:
             self.usage = replace(self.usage, completion_tokens=None)  # it was of what had passed by then
         if finish_reason:
             self.finish_reason = finish_reason
-        return self._add(text, 1) if text else 0
+        if text:
+            self._add(text, 1)
 
-    def see_texts(self, texts: Sequence[str]) -> int:
+    def see_texts(self, texts: Sequence[str]) -> None:
         """As `see` of each of these chunks, which have text and nothing else."""
         if texts and self.usage is not None:
-            return sum([self.see(text, None, None) for text in texts])
-        return self._add("".join(texts), len(texts))
+            for text in texts:
+                self.see(text, None, None)
+        else:
+            self._add("".join(texts), len(texts))
 
-    def _add(self, text: str, pieces: int) -> int:
+    def _add(self, text: str, pieces: int) -> None:
         data = text.encode() if text.isascii() else text.encode("utf-8", "surrogatepass")
         self.bytes_out = size = self.bytes_out + len(data)
         self._characters = characters = self._characters + len(text)
@@ -82,11 +85,7 @@ class Meter:
         elif not self._cut:
             self._cut = True
             self._generated += text[: (KEPT - len(self._generated)) // 4].encode("utf-8", "surrogatepass")
-        before, seen = self._seen, _estimate(size, characters)
-        if seen < pieces:
-            seen = pieces
-        self._seen = seen
-        return seen - before
+        self._seen = max(_estimate(size, characters), pieces)
 
     @property
     def completion_tokens(self) -> int:

@@ -30,7 +30,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from gateway.exchange import Principal
-from gateway.protocol.errors import Unauthenticated, Unavailable
+from gateway.protocol.errors import PermissionDenied, Unauthenticated, Unavailable
 from gateway.stores import key_rows
 from gateway.stores.attempts import Attempts
 from gateway.stores.channel import messages
@@ -76,7 +76,8 @@ class _Verified:
 class KeyStore:
     """Keys of all accounts. Whoever made `pool`, `redis` and `hashing` closes them.
 
-    `on_error()` hears of every look-up that failed because Postgres is gone. It must not raise.
+    `on_read()` hears of every look-up of a row, for a key that the cache does not know or trusts no more, and
+    `on_error()` of those that failed because Postgres is gone. They must not raise.
     """
 
     def __init__(
@@ -89,9 +90,11 @@ class KeyStore:
         stale_seconds: float,
         hashing: HashingPool,
         clock: Callable[[], float] = time.monotonic,
+        on_read: Callable[[], None] = lambda: None,
         on_error: Callable[[], None] = lambda: None,
     ) -> None:
         self._pool = pool
+        self._on_read = on_read
         self._reader = key_rows.ProofReader(pool, on_error=on_error)
         self._redis = redis
         self._pepper = pepper
@@ -146,6 +149,18 @@ class KeyStore:
         self._trust(known, asked, changes, proofs.expires_in)
         return known.principal
 
+    async def lend(self, key_id: str, account_id: str) -> Principal:
+        """A key as its account uses it without its secret, because it is signed in. Its row is read each time.
+
+        Raises PermissionDenied (`key_not_usable`), the same for a key that is unknown, another account's, revoked or
+        expired; Unavailable.
+        """
+        proofs = await self._read(key_id)
+        if proofs is None or proofs.principal.account_id != account_id or proofs.revoked or proofs.expires_in <= 0:
+            words = "there is no such key of this account, or it is revoked or expired"
+            raise PermissionDenied(words, code="key_not_usable")
+        return proofs.principal
+
     async def _prove(self, place: bytes, phc: str, token: str) -> bool:
         """Argon2id, once however many wait for it; that the first of them leaves does not end it."""
         proof = self._proving.get(place)
@@ -181,6 +196,7 @@ class KeyStore:
         self._trust(known, asked, changes, proofs.expires_in)
 
     async def _read(self, key_id: str) -> Proofs | None:
+        self._on_read()
         try:
             return await self._reader.read(key_id)
         except Unavailable as error:

@@ -260,7 +260,9 @@ class Shipper:
             self._on_rows("failed", len(refused))
             for row, error in refused:
                 # The database's own message quotes the row; the class of its error does not.
-                log.error("the database refused the usage row %s: %s", row.request_id, error)
+                log.error(
+                    "the database refused a usage row: %s", error, extra={"fields": {"request_id": row.request_id}}
+                )
         if self._copy is not None:
             self._copy.forget([row.request_id for row in rows])
 

@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from uuid import UUID
 from weakref import WeakValueDictionary
 
-from gateway.protocol.errors import Unavailable
+from gateway.protocol.errors import NotFound, Unavailable
 from gateway.stores.postgres import Connection, Pool, connection
 from gateway.stores.sums import SPANS, Piece, begin_of, pieces
 from gateway.stores.usage import UsageRow
@@ -163,6 +164,19 @@ class Turns:
             yield
 
 
+# Every question is planned for its own range and filters. Many groups are sorted out in memory, for each of at most
+# MAX_QUESTIONS. What a question costs is guessed too high for ranges, and compiling it would take longer than it does.
+_SETTINGS = "set local plan_cache_mode = force_custom_plan; set local work_mem = '64MB'; set local jit = off"
+
+
+@asynccontextmanager
+async def reading(pool: Pool) -> AsyncIterator[tuple[Connection, datetime]]:
+    """A connection on which all statements see the same moment, and that moment. Raises Unavailable."""
+    async with connection(pool) as reader, reader.transaction(isolation="repeatable_read", readonly=True):
+        await reader.execute(_SETTINGS, timeout=QUERY_TIMEOUT)
+        yield reader, await reader.fetchval("select now()", timeout=QUERY_TIMEOUT)
+
+
 # --- figures ------------------------------------------------------------------------------------------------------
 
 
@@ -171,9 +185,7 @@ async def read_stats(pool: Pool, scope: Scope, group_by: str | None = None) -> S
 
     Where the rows of a month have been dropped, a range begins and ends with the nearest hour. Raises Unavailable.
     """
-    async with connection(pool) as reader, reader.transaction(isolation="repeatable_read", readonly=True):
-        await reader.execute(_SETTINGS, timeout=QUERY_TIMEOUT)
-        as_of = await reader.fetchval("select now()", timeout=QUERY_TIMEOUT)
+    async with reading(pool) as (reader, as_of):
         begin, end = scope.moments(as_of)
         models = await _figures(reader, scope, "model", pieces(begin, end, as_of), TOP_MODELS)
         last_hour = await _figures(reader, scope, "", pieces(as_of - HOUR, None, as_of), 0)
@@ -191,6 +203,12 @@ async def read_stats(pool: Pool, scope: Scope, group_by: str | None = None) -> S
     )
 
 
+async def count_since(reader: Connection, scope: Scope, begin: datetime, as_of: datetime) -> int:
+    """Requests in `scope`, whatever its range, from the hour on that `begin` is in: of the sums, no row is read."""
+    [counted] = await _figures(reader, scope, "", pieces(begin_of(begin, "hour"), None, as_of, SPANS[1:]), 0)
+    return counted.requests
+
+
 async def _groups(reader: Connection, scope: Scope, group_by: str, as_of: datetime) -> list[Figures]:
     begin, end = scope.moments(as_of)
     if group_by not in SERIES:
@@ -202,10 +220,6 @@ async def _groups(reader: Connection, scope: Scope, group_by: str, as_of: dateti
         found = await _figures(reader, scope, group_by, pieces(begin, end, as_of, spans), MAX_GROUPS)
     return found[1:]
 
-
-# Every question is planned for its own range and filters. Many groups are sorted out in memory, for each of at most
-# MAX_QUESTIONS.
-_SETTINGS = "set local plan_cache_mode = force_custom_plan; set local work_mem = '64MB'"
 
 # A piece at a time, each by its own index: as a join the pieces would be looked for in all there is.
 _CELLS = """
@@ -310,13 +324,18 @@ def _source(span: str, kept: str) -> str:
 
 # A request id begins with its time (UUIDv7), so its order is that of arrival and its index pages through it: the index
 # of the column, by its full name, for the bare one is its text here, and that of the whole table would be sorted.
-_ROWS = """
+_COLUMNS = """
 select
     request_id::text, started_at, key_id, account_id::text, user_id, app_id, client_request_id, provider, model,
     upstream_model, stream, status, outcome, error_code, finish_reason,
     prompt_tokens, completion_tokens, cached_tokens, cache_write_tokens, reasoning_tokens, usage_source,
     latency_ms, ttft_ms, cost_micros
 from usage
+"""
+
+_ROWS = (
+    _COLUMNS
+    + """
 where ($1::uuid is null or account_id = $1)
   and ($2::text is null or user_id = $2)
   and ($3::text is null or app_id = $3)
@@ -329,6 +348,7 @@ where ($1::uuid is null or account_id = $1)
 order by usage.request_id desc
 limit $10
 """
+)
 
 
 async def read_rows(pool: Pool, scope: Scope, cursor: str | None, limit: int) -> list[UsageRow]:
@@ -336,8 +356,27 @@ async def read_rows(pool: Pool, scope: Scope, cursor: str | None, limit: int) ->
 
     Raises Unavailable.
     """
-    async with connection(pool) as reader, reader.transaction(readonly=True):
-        await reader.execute(_SETTINGS, timeout=QUERY_TIMEOUT)
-        begin, end = scope.moments(await reader.fetchval("select now()", timeout=QUERY_TIMEOUT))
+    async with reading(pool) as (reader, as_of):
+        begin, end = scope.moments(as_of)
         rows = await reader.fetch(_ROWS, *scope.filters, begin, end, cursor, limit, timeout=QUERY_TIMEOUT)
     return [UsageRow(*row) for row in rows]
+
+
+_ROW = _COLUMNS + "where request_id = $1::uuid and ($2::uuid is null or account_id = $2)"
+
+
+async def read_row(pool: Pool, account_id: str | None, request_id: str) -> UsageRow:
+    """The row of one request; `account_id`: the asker's own, None: anybody's.
+
+    Raises NotFound, in the same words for what is another's, what is not there yet and what is no id; Unavailable.
+    """
+    missing = NotFound(f"there is no request {request_id[:64]!r} of yours with usage", code="request_not_found")
+    try:
+        known = str(UUID(request_id))
+    except ValueError:
+        raise missing from None
+    async with connection(pool) as reader:
+        row = await reader.fetchrow(_ROW, known, account_id, timeout=QUERY_TIMEOUT)
+    if row is None:
+        raise missing
+    return UsageRow(*row)

@@ -59,6 +59,8 @@ def full(bench: Bench, rounds: Rounds, *, peers: bool, soak: float) -> None:
                 figures.cpu_of_a_peer(bench, rounds, peer, gateway)
         with _left_out("soak"):
             figures.slope(bench, rounds, gateway, soak)
+    with _left_out("observability"):
+        figures.observability(bench, rounds)
     with _left_out("memory"):
         figures.memory(bench, rounds)
     with _left_out("workers"):

@@ -3,16 +3,18 @@
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from statistics import linear_regression, median
 
 from tests.benchmarks.measure import Load, Measured, measure, renewed, settled, steady
-from tests.benchmarks.processes import rss_mb
+from tests.benchmarks.processes import cpu_us, rss_mb, used_us
 from tests.benchmarks.subjects import Bench, Subject, new_key
 
 STREAMS = 200  # at once, where the CPU of a chunk is measured: at 20 ms 10,000 chunks a second, below a core's limit
 CROWDS = (1, 100, 1000)  # streams at once, where latency is measured
 LADDER = (250, 500, 1000, 1500, 2000, 3000, 4000)  # streams at once, until one is late
+OBSERVED_PAIRS = 8  # of what differs by a few percent from one to the next
 WORKERS_ROUNDS = 3  # each with new processes, whose connections the kernel shares out anew
 DIALECT_ENDINGS = {"openai": "", "anthropic": "_anthropic", "ollama": "_ollama"}
 
@@ -76,6 +78,28 @@ def _compare_chunks(
     rounds.add(f"chunk_cpu_us{ending}", ours.chunk_cpu_us)
     rounds.add(f"chunk_cpu_x_nginx{ending}", ours.chunk_cpu_us / beside.chunk_cpu_us)
     return beside
+
+
+def observability(bench: Bench, rounds: Rounds, pairs: int = OBSERVED_PAIRS, seconds: float = 3.0) -> None:
+    """Percent of the CPU of a streamed request of 64 chunks that metrics and logs take, beside a gateway without them.
+
+    Both are asked at the same time and share a core: a few percent are less than what one and the same gateway takes
+    from one second to the next on a machine that others use, too. No page of metrics is asked for meanwhile.
+    """
+    load = renewed(25, seconds, pace=5)
+    with bench.gateway() as gateway, bench.gateway(program=("-m", "tests.benchmarks.unobserved")) as unobserved:
+        with ThreadPoolExecutor(2) as at_once:
+            for _ in range(pairs):
+                cost, without = at_once.map(lambda subject: _stream_cpu_us(bench, subject, load), (gateway, unobserved))
+                rounds.add("stream_cpu_us", cost)
+                rounds.add("observability_share", 100 * (1 - without / cost))
+
+
+def _stream_cpu_us(bench: Bench, subject: Subject, load: Load) -> float:
+    """Microseconds of a streamed request, from its first byte to the row in the database."""
+    before = cpu_us(subject.pids)
+    answers = int(measure(bench, subject, load).fields["answers"])
+    return used_us(before, settled(subject)) / answers
 
 
 def cpu_of_a_peer(bench: Bench, rounds: Rounds, peer: Subject, gateway: Subject) -> None:

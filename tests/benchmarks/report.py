@@ -39,6 +39,8 @@ ROWS = (
     Row("chunk_cpu_x_nginx_budget", "CPU of a chunk, OpenAI, under a budget, x nginx"),
     Row("chunk_cpu_x_litellm", "LiteLLM's CPU of a chunk, x ours", 20, least=True),
     Row("chunk_cpu_x_portkey", "Portkey's CPU of a chunk, x ours"),
+    Row("stream_cpu_us", "CPU of a stream of 64 chunks, µs"),
+    Row("observability_share", "of which metrics and logs take, %", 5),
     Row("added_p50_us", "added to an answer, one connection, p50, µs"),
     Row("added_p99_us", "added to an answer, one connection, p99, µs", 300),
     Row("added_p50_us_64", "added to an answer, 64 connections at full speed, p50, µs"),

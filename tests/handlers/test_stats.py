@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 from uuid import uuid4
 
 import asyncpg
@@ -442,10 +443,106 @@ async def test_no_cell_of_a_csv_is_a_formula(world: World) -> None:
     assert {one["user_id"] for one in told} == {"a=b"}
 
 
+# --- /api/usage/{id} ----------------------------------------------------------------------------------------------
+
+
+async def test_one_request_is_told_as_its_row_is_among_others(world: World) -> None:
+    one = row(world.ann, user_id="u", client_request_id="theirs", ttft_ms=None, cost_micros=2500)
+    await world.write(one, row(world.ann))
+    told = await world.json(f"/api/usage/{one.request_id}", world.ann)
+    assert told in (await world.json("/api/usage", world.ann))["data"]
+    assert (told["request_id"], told["key"], told["ttft_ms"]) == (one.request_id, f"aig_{world.ann.key_id}", None)
+    assert await world.json(f"/api/usage/{one.request_id.upper()}", world.admin) == told
+    assert (await world.get(f"/api/usage/{one.request_id}", world.ann)).headers["Cache-Control"] == "no-store"
+
+
+async def test_anothers_request_is_as_unknown_as_one_that_never_was(world: World) -> None:
+    of_ben = row(world.ben)
+    await world.write(of_ben)
+    assert (await world.json(f"/api/usage/{of_ben.request_id}", world.ben))["model"] == "gpt-4o"
+    unknown = [of_ben.request_id, new_id(), "1", "' or true --", "x" * 500, "\N{REPLACEMENT CHARACTER}", "%00"]
+    answers = [await world.get(f"/api/usage/{quote(name)}", world.ann) for name in unknown]
+    words = set()
+    for name, answer in zip(unknown, answers, strict=True):
+        error = (await answer.json())["error"]
+        assert (answer.status, error["code"]) == (404, "request_not_found"), name
+        words.add(error["message"].replace(repr(name[:64]), "ID"))
+    assert words == {"there is no request ID of yours with usage"}
+    assert (await world.get(f"/api/usage/{of_ben.request_id}")).status == 401
+    assert (await world.get(f"/api/usage/{of_ben.request_id}", world.ben, user="u")).status == 400
+
+
+# --- /api/latency -------------------------------------------------------------------------------------------------
+
+
+async def test_percentiles_are_told_of_each_step_of_a_range(world: World) -> None:
+    at = datetime.now(UTC).replace(second=0, microsecond=0) - timedelta(minutes=30)
+    latencies = [100, 200, 301]
+    await world.write(
+        *(row(world.ann, started_at=at, latency_ms=latency, ttft_ms=latency // 10) for latency in latencies),
+        row(world.ann, started_at=at + timedelta(minutes=5), latency_ms=7, ttft_ms=None),
+        row(world.ann, started_at=at - timedelta(hours=1)),
+    )
+    told = await world.json("/api/latency", world.ann, range="1h")
+    since, until = (datetime.fromisoformat(told.pop(name)) for name in ("since", "until"))
+    assert until - since == timedelta(hours=1)
+    assert told == {
+        "range": "1h",
+        "step_seconds": 60,
+        "sampled": False,
+        "points": [
+            {
+                "start": f"{at:%Y-%m-%dT%H:%M}:00Z",
+                "requests": 3,
+                "latency_ms": {"p50": 200.0, "p95": 290.9, "p99": 299.0},
+                "ttft_ms": {"p50": 20.0, "p95": 29.0, "p99": 29.8},
+            },
+            {
+                "start": f"{at + timedelta(minutes=5):%Y-%m-%dT%H:%M}:00Z",
+                "requests": 1,
+                "latency_ms": {"p50": 7.0, "p95": 7.0, "p99": 7.0},
+                "ttft_ms": None,
+            },
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "requests"), [("1h", 60, 1), ("24h", 1800, 2), ("7d", 10800, 3), ("30d", 43200, 4)]
+)
+async def test_steps_grow_with_the_range(world: World, name: str, step: int, requests: int) -> None:
+    ages = [timedelta(minutes=1), timedelta(hours=2), timedelta(days=2), timedelta(days=10), timedelta(days=40)]
+    await world.write(*(row(world.ann, started_at=datetime.now(UTC) - age) for age in ages))
+    told = await world.json("/api/latency", world.ann, range=name)
+    assert (told["step_seconds"], sum(point["requests"] for point in told["points"])) == (step, requests)
+    assert (await world.json("/api/latency", world.ann))["range"] == "24h"
+
+
+async def test_percentiles_are_of_the_tenants_own_rows_and_take_filters(world: World) -> None:
+    await world.write(
+        row(world.ann, model="m1", user_id="u1", latency_ms=100),
+        row(world.ann, model="m2", app_id="a1", latency_ms=200),
+        row(world.ben, model="m1", provider="of-ben", latency_ms=900),
+    )
+
+    async def slowest(person: Person, **query: str) -> float:
+        points = (await world.json("/api/latency", person, **query))["points"]
+        return max((float(point["latency_ms"]["p99"]) for point in points), default=0.0)
+
+    assert await slowest(world.ann) < 201
+    assert await slowest(world.ben) == 900
+    assert await slowest(world.admin) > 800
+    assert await slowest(world.ann, model="m1") == await slowest(world.ann, user="u1") == 100
+    assert await slowest(world.ann, app="a1") == 200
+    assert await slowest(world.admin, key=f"aig_{world.ben.key_id}") == 900
+    for foreign in ({"provider": "of-ben"}, {"key": world.ben.key_id}):
+        assert await slowest(world.ann, **foreign) == 0
+
+
 # --- who may ask --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["/api/stats", "/api/usage"])
+@pytest.mark.parametrize("path", ["/api/stats", "/api/latency", "/api/usage"])
 async def test_without_a_valid_key_nothing_is_told(world: World, path: str) -> None:
     nobody = Person("aig_Key012345678_wrong", "Key012345678", str(uuid4()))
     assert (await world.get(path)).status == 401
@@ -531,6 +628,11 @@ REFUSED = [
     ("/api/usage", "cursor", "yesterday"),
     ("/api/usage", "format", "xml"),
     ("/api/usage", "group_by", "user"),
+    ("/api/latency", "range", "all"),
+    ("/api/latency", "since", "7d"),
+    ("/api/latency", "group_by", "model"),
+    ("/api/latency", "user", "a\0b"),
+    ("/api/latency", "key", "aig_Key012345678_secret"),
 ]
 
 
@@ -579,6 +681,6 @@ async def test_a_member_with_forty_questions_at_once_shuts_out_nobodys_key(world
 async def test_without_a_database_the_answer_is_503(world: World) -> None:
     assert (await world.get("/api/stats", world.ann)).status == 200  # its key is known from here on
     world.pool.terminate()
-    for path in ("/api/stats", "/api/usage"):
+    for path in ("/api/stats", "/api/latency", "/api/usage", f"/api/usage/{new_id()}"):
         response = await world.get(path, world.ann)
         assert (response.status, (await response.json())["error"]["code"]) == (503, "database_unavailable")

@@ -39,12 +39,11 @@ def test_a_piece_of_a_stream_is_never_less_than_a_token() -> None:
 
 @given(st.lists(st.text(), max_size=20))
 def test_the_live_count_moves_with_the_text_and_is_never_taken_back(texts: list[str]) -> None:
-    meter, seen = Meter([]), 0
-    for text in texts:
-        added = meter.see(text, None, None)
-        assert added >= 0
-        seen += added
-        assert meter.completion_tokens == seen
+    meter, before = Meter([]), 0
+    for number, text in enumerate(filter(None, texts), 1):
+        meter.see(text, None, None)
+        assert meter.completion_tokens >= max(before, number)
+        before = meter.completion_tokens
     assert meter.bytes_out == len("".join(texts).encode("utf-8", "surrogatepass"))
 
 
