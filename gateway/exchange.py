@@ -96,6 +96,7 @@ class Exchange:
     own_credential: str | None = field(default=None, repr=False)  # middlewares.authenticate
 
     chat: ChatRequest | None = None  # middlewares.read_call
+    upload_ms: float = 0.0  # middlewares.read_call: until the client had sent its body
 
     route: Route = ()  # handlers.chat: who may answer
     target: Target | None = None  # relay: who is asked, or answered

@@ -2,6 +2,7 @@
 
 NONE = "none"  # the provider of a request that was refused before it had one
 
+UNAVAILABLE = (502, 503, 504)  # the status of what failed through no fault of the client's
 TOKEN_KINDS = ("prompt", "completion", "cached", "cache_write", "reasoning")
 USAGE_SOURCES = ("provider", "counted", "estimated")
 RATE_LIMITED_REASONS = (

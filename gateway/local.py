@@ -67,7 +67,8 @@ def up() -> None:
     environ = _environment()
     running = GATEWAY.running()
     in_docker = running is None and docker.answers()
-    was_running = running is not None or (in_docker and docker.runs(environ))
+    # All that it shows: a port that was taken may have kept Prometheus and Grafana from starting beside a gateway.
+    was_running = running is not None or (in_docker and docker.runs(environ, "gateway", "prometheus", "grafana"))
     address = Address(_client_host(environ), running.port if running else _port(environ, "PORT", 3000))
     if was_running:
         where = f"(process {running.pid})" if running else "in Docker"

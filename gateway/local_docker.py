@@ -19,8 +19,10 @@ def answers() -> bool:
     return asked.returncode == 0
 
 
-def runs(environ: Mapping[str, str]) -> bool:
-    return bool(_compose(environ, "ps", "--status", "running", "--quiet", "gateway").strip())
+def runs(environ: Mapping[str, str], *services: str) -> bool:
+    """Whether all of them run; without a name, the gateway."""
+    asked = services or ("gateway",)
+    return len(_compose(environ, "ps", "--status", "running", "--quiet", *asked).split()) >= len(asked)
 
 
 def start(environ: Mapping[str, str]) -> None:

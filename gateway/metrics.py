@@ -70,7 +70,7 @@ class Metrics(Page):
         )
         self.overhead_seconds = self._histogram(
             "gateway_overhead_seconds",
-            "Seconds of a request that were not spent on its provider.",
+            "Seconds of a request that were neither its provider's nor spent waiting for its body.",
             (),
             labels.OVERHEAD_SECONDS,
         ).labels()
@@ -315,7 +315,8 @@ class Metrics(Page):
         seconds = (exchange.ended or time.monotonic()) - exchange.started
         series.duration_ms.observe(seconds * 1000)
         if exchange.upstream_ms:
-            self.overhead_seconds.observe(max(0.0, seconds - exchange.upstream_ms / 1000))
+            waited = (exchange.upload_ms + exchange.upstream_ms) / 1000
+            self.overhead_seconds.observe(max(0.0, seconds - waited))
         if exchange.first_byte and exchange.chat is not None and exchange.chat.stream:
             series.first_token_seconds.observe(exchange.first_byte - exchange.started)
         if exchange.outcome == "client_abort":
@@ -358,6 +359,8 @@ class _Bound:
         self._requests: dict[int, CounterSeries] = {}  # by status
         self.provider = provider
         self.duration_ms = metrics.request_duration_ms.labels(provider)
+        for status in labels.UNAVAILABLE:  # the first failure would make its series, and `rate()` not see it
+            self.request(status)
 
     def request(self, status: int) -> CounterSeries:
         series = self._requests.get(status)

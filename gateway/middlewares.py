@@ -262,9 +262,11 @@ async def read_call(request: web.Request, handler: Handler) -> web.StreamRespons
     """Reads and checks the body before anything is sent anywhere."""
     parse = _parser(request)
     if parse is not None:
+        exchange, before = request[EXCHANGE], monotonic()
         body = await read_body(request, root(request)[SETTINGS].gateway_max_body)
+        exchange.upload_ms = (monotonic() - before) * 1000
         # A large body takes its time, which others' streams must not wait for.
-        request[EXCHANGE].chat = parse(body) if len(body) <= PARSE_HERE else await asyncio.to_thread(parse, body)
+        exchange.chat = parse(body) if len(body) <= PARSE_HERE else await asyncio.to_thread(parse, body)
     return await handler(request)
 
 

@@ -265,19 +265,19 @@ class Stream:
         client, tally = self._client, self._tally
         try:
             passed = self._pass(data)
+            now = monotonic()
+            if tally.spoke:  # before it is put: that may fill the client's buffer, and end the time that is measured
+                tally.spoke = False
+                tally.heard.append(now)
             if passed:
                 self._put(passed)
         except Exception as error:  # of a gathered answer that is too long; else a bug of ours, which the relay reports
             self._end(error)
             return
-        now = monotonic()
         if self._flowing:  # what was put has not filled the client's buffer
             client.reading_since = now
         if passed:
             client.sent = now
-            if tally.spoke:
-                tally.spoke = False
-                tally.heard.append(now)
         if now >= self._due:
             self._account(now)
         if self._stop is not None:

@@ -303,8 +303,9 @@ def _hush() -> None:
     theirs = logging.getLogger("opentelemetry")
     theirs.propagate = False
     theirs.handlers = [_OnceAMinute(logging.WARNING)]
-    # It quotes headers of clients that are not as they should be.
-    logging.getLogger("opentelemetry.trace").setLevel(logging.CRITICAL)
+    # They quote headers that are not as they should be: of clients, and of ours to the collector, with the key to it.
+    for quoting in ("opentelemetry.trace", "opentelemetry.util.re"):
+        logging.getLogger(quoting).setLevel(logging.CRITICAL)
 
 
 class _OnceAMinute(logging.Handler):

@@ -463,7 +463,8 @@ def docker(checkout: Path, port: int) -> Iterator[Path]:
     program.write_text(
         f'#!/bin/sh\necho "$@" >> {record}\n'
         f'case "$2" in up) echo 1 > {checkout}/runs;; down) /bin/rm {checkout}/runs;;\n'
-        f"ps) [ -e {checkout}/runs ] && echo 0123abcd;; logs) echo a line of the log;;\n"
+        f'ps) shift 5; [ ! -e {checkout}/runs ] || for name; do [ $name = "$LACKING" ] || echo 0123abcd; done;;\n'
+        "logs) echo a line of the log;;\n"
         "port) case $3 in grafana) echo 127.0.0.1:3002;; prometheus) echo 0.0.0.0:9090;; esac;; esac\nexit 0\n"
     )
     program.chmod(0o755)
@@ -501,6 +502,16 @@ def test_a_second_up_with_docker_changes_nothing(
     assert " up " not in docker.read_text()
     assert "already running in Docker; nothing was changed" in capsys.readouterr().out
     assert (checkout / ".env").read_text() == before
+
+
+def test_what_did_not_start_beside_the_gateway_is_started_by_the_next_up(
+    checkout: Path, docker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local.main(["up"])
+    docker.write_text("")
+    monkeypatch.setenv("LACKING", "prometheus")  # its port was taken, and Grafana waits for it
+    assert local.main(["up"]) == 0
+    assert "compose up --detach --build --wait" in docker.read_text().splitlines()
 
 
 def test_down_with_docker_keeps_the_volumes(checkout: Path, docker: Path, capsys: pytest.CaptureFixture[str]) -> None:

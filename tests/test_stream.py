@@ -221,7 +221,13 @@ def streaming(
     call, meter, connected = make_call("openai"), Meter(()), Connected()
     exchange = Exchange(chat=call.chat, target=call.target, meter=meter)
     exchange.reservation = cast(Reservation, Paid()) if budget else None
-    client = SimpleNamespace(write=lambda data: None, blocked=blocked, on_flow=None, reading_since=0.0, sent=0.0)
+
+    def write(data: bytes) -> None:
+        if client.full:  # said within the write, as a transport says it
+            client.full, client.blocked = False, True
+            client.on_flow()
+
+    client = SimpleNamespace(write=write, full=False, blocked=blocked, on_flow=None, reading_since=0.0, sent=0.0)
     tally = Tally(exchange, meter, live or Live(CounterSeries(), HistogramSeries(INTER_TOKEN_SECONDS)))
     recorder = cast(Recorder, SimpleNamespace(tick=lambda exchange: None))
     stream = Stream(exchange, DIALECTS["openai"].translator(call), tally, cast(Client, client), recorder)
@@ -330,15 +336,12 @@ async def test_gaps_are_counted_while_the_stream_runs(clock: SimpleNamespace) ->
 
 async def test_how_long_a_client_did_not_read_is_no_gap_of_the_providers(clock: SimpleNamespace) -> None:
     async with running() as (answer, gaps, client):
-        for seconds, blocked in ((0.02, False), (0.02, True), (60.0, False), (0.02, False)):
+        for seconds, client.full in ((0.02, False), (0.02, True), (60.0, False), (0.02, False)):
             clock.now += seconds
             if client.blocked:
                 client.blocked = False
                 client.on_flow()
             answer.received(told("word"))
-            if blocked:
-                client.blocked = True
-                client.on_flow()
     assert buckets(gaps) == {0.025: 2}
 
 
@@ -364,7 +367,9 @@ async def test_what_the_gaps_cost_of_a_chunk(monkeypatch: pytest.MonkeyPatch, fi
     added = median(one - other for one, other in found)
     chunk = median(other for _, other in found)
     figure(f"a chunk: {chunk:.2f} µs from its read to its write, and {added:.2f} to count the gap before it")
-    assert added < 0.5
+    assert (
+        added < chunk / 4
+    )  # half a microsecond of two; a ratio, because what watches the lines of tests is paid here too
 
 
 # --- a client that does not read ----------------------------------------------------------------------------------

@@ -90,7 +90,8 @@ async def stats(turns: Turns, request: web.Request) -> web.Response:
 async def latency(turns: Turns, request: web.Request) -> web.Response:
     """Percentiles of latency and of the time to the first token, in steps of a range that grow with it.
 
-    `sampled`: there are so many rows that some were read for all; then `requests` are estimates, too. A step without a
+    `sampled`: there are so many rows that some were read for all; then `requests` are estimates,
+    too, and of a model, user or application with few requests most steps have no point. A step without a
     request has no point.
     """
     principal, _ = await identify(request)

@@ -20,14 +20,14 @@ const colour = (name) => () => {
  *
  * `series`: [{ label, colour: "c1" … }]; `kind`: "bars" or "lines"; bars stand on each other, the first one lowest.
  * `say(value)` words a value, `mark(value)` does on the axis; `sum(values)` is what the legend tells of a series while
- * nothing is pointed at.
+ * nothing is pointed at, `nothing` what there is to say without a value.
  */
-export function makeChart({ title, series, kind, say, mark = short, sum, testid }) {
+export function makeChart({ title, series, kind, say, mark = short, sum, testid, nothing = "Nothing in this range." }) {
   const figures = series.map(() => el("b", {}, "–"));
   const legend = series.map((one, i) => el("span", { class: `key ${one.colour}` }, `${one.label} `, figures[i]));
   const note = el("span", { class: "muted small" });
   const plot = el("div", { class: "plot", role: "img", "aria-label": title });
-  const none = el("p", { class: "empty muted" }, "Nothing in this range.");
+  const none = el("p", { class: "empty muted" }, nothing);
   const figure = el(
     "figure",
     { class: "panel chart", test: testid },

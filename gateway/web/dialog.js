@@ -4,8 +4,8 @@ import { button, el } from "./dom.js";
 
 let last = 0;
 
-/** Opens one; resolves when it is closed. `make(close)` gives its content. */
-export function openDialog(title, make, { wide = false } = {}) {
+/** Opens one; resolves when it is closed. `make(close)` gives its content; Escape does not close what is `kept`. */
+export function openDialog(title, make, { wide = false, kept = false } = {}) {
   last += 1;
   const label = `dialog-${last}`;
   return new Promise((resolve) => {
@@ -19,6 +19,7 @@ export function openDialog(title, make, { wide = false } = {}) {
       dialog.remove();
       resolve(dialog.result);
     });
+    dialog.addEventListener("keydown", (event) => kept && event.key === "Escape" && event.preventDefault());
     document.body.append(dialog);
     dialog.showModal();
   });

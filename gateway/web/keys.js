@@ -171,7 +171,7 @@ async function create() {
     }),
   );
   if (!made) return;
-  await openDialog("Your new key", (close) => secret(made, close));
+  await openDialog("Your new key", (close) => secret(made, close), { kept: true });
   await load();
 }
 

@@ -195,6 +195,7 @@ function buildCharts() {
       say: (amount) => dollars(amount * 1e6),
       mark: (amount) => `$${amount < 1000 ? Number(amount.toPrecision(2)) : short(amount)}`,
       testid: "chart-cost",
+      nothing: "Nothing that has a price in this range.",
       series: [{ label: "US dollars", colour: "c3" }],
     }),
     latency: makeChart({ ...lines, title: "Latency", testid: "chart-latency" }),

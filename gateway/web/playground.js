@@ -1,12 +1,13 @@
 // The playground: a request with one of the visitor's own keys, its answer as it comes, and what it cost.
 
-import { ask, inTurn, query, refusal, send, sleep } from "./api.js";
+import { ask, inTurn, poll, query, refusal, send, sleep } from "./api.js";
 import { byId, complain, el, write } from "./dom.js";
 import { count, dollars, milliseconds, rate } from "./format.js";
 import { isAlive } from "./keys.js";
 import { me } from "./session.js";
 import { readEvents } from "./sse.js";
 
+const EVERY = 3; // seconds, doubled with each failure
 const ROW_TRIES = 8; // times that the row is looked for: it comes a moment after the end
 const ROW_PAUSE = 500; // milliseconds between them
 
@@ -16,23 +17,32 @@ const stop = byId("play-stop");
 const problem = byId("play-problem");
 let sending = null;
 
-export const playground = { show, hide: () => undefined };
+let filling = null;
 
-async function show() {
-  try {
-    const { keys } = await ask("/auth/keys");
-    choose(
-      keyList,
-      keys
-        .filter((key) => isAlive(key) && key.user_id === me().user_id)
-        .map((key) => [key.id, `${key.key_name} (${key.prefix})`]),
-    );
-    byId("play-none").hidden = keyList.options.length > 0;
-    byId("play-send").disabled = !keyList.options.length || sending !== null;
-    await listModels();
-  } catch (error) {
-    complain("Playground", error);
-  }
+export const playground = { show, hide };
+
+/** Asks for the keys and models until there is an answer: a gateway that was away must not leave the form empty. */
+function show() {
+  hide();
+  filling = new AbortController();
+  poll(EVERY, () => fill().then(hide), filling.signal, (error) => complain("Playground", error));
+}
+
+function hide() {
+  filling?.abort();
+}
+
+async function fill() {
+  const { keys } = await ask("/auth/keys");
+  choose(
+    keyList,
+    keys
+      .filter((key) => isAlive(key) && key.user_id === me().user_id)
+      .map((key) => [key.id, `${key.key_name} (${key.prefix})`]),
+  );
+  byId("play-none").hidden = keyList.options.length > 0;
+  byId("play-send").disabled = !keyList.options.length || sending !== null;
+  await listModels();
 }
 
 async function listModels() {
@@ -89,7 +99,8 @@ async function run() {
   byId("play-answer").replaceChildren();
   write(problem, "");
   for (const name of FACTS) fact(name, "–");
-  const exchange = { began: performance.now(), first: 0, pieces: 0, id: "", thoughts: null, text: null };
+  const began = performance.now();
+  const exchange = { began, first: 0, pieces: 0, id: "", answered: false, thoughts: null, text: null };
   try {
     await receive(exchange, sending.signal);
   } catch (error) {
@@ -100,7 +111,7 @@ async function run() {
   sending = null;
   byId("play-send").disabled = false;
   stop.disabled = true;
-  if (exchange.id) showRow(exchange.id).catch(() => undefined);
+  if (exchange.answered) showRow(exchange.id).catch(() => undefined);
 }
 
 async function receive(exchange, signal) {
@@ -114,6 +125,7 @@ async function receive(exchange, signal) {
   exchange.id = response.headers.get("X-Request-Id") ?? "";
   fact("id", exchange.id || "–");
   if (!response.ok) throw await refusal(response);
+  exchange.answered = true; // what was refused has no row
   let whole = false;
   for await (const data of readEvents(response.body)) {
     if (data === "[DONE]") whole = true;

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from random import Random
 
 from gateway import appkeys
-from gateway.stores.ledger import write_rows
+from gateway.stores.ledger import make_partitions, write_rows
 from gateway.stores.usage import UsageRow
 from tests.support.gateway import Gateway
 
@@ -26,7 +26,9 @@ _USERS = ["ada", "grace", "linus", "margaret", ""]
 async def write_history(gateway: Gateway, *key_ids: str) -> None:
     """Of the gateway's account and these keys; to the tables that `/api/stats` reads, with their sums."""
     rows = list(_rows(Random(6), datetime.now(UTC), gateway.account_id, key_ids))
-    await write_rows(gateway.app[appkeys.POOL], rows)
+    pool = gateway.app[appkeys.POOL]
+    await make_partitions(pool)  # or the gateway, which has just started, does so in the midst of it
+    await write_rows(pool, rows)
 
 
 def _rows(random: Random, until: datetime, account_id: str, key_ids: Sequence[str]) -> Iterator[UsageRow]:

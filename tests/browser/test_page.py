@@ -133,6 +133,8 @@ async def _make_key(person: Person, name: str) -> str:
     await person.see("key-create").click()
     secret = (await person.see("key-secret").inner_text()).strip()
     assert re.fullmatch(r"aig_\w{12}_\w+", secret)
+    await person.page.keyboard.press("Escape")  # or a slip of the hand would lose it for good
+    await expect(person.see("key-secret")).to_be_visible()
     await person.see("key-secret-done").click()
     await expect(person.see("key-secret")).to_be_hidden()
     return secret
