@@ -26,18 +26,11 @@ from gateway.protocol.errors import (
 )
 from gateway.protocol.routing import Provider, Route, Target
 from gateway.stores.outages import Outage
+from tests.support.clock import Clock
 
 pytestmark = pytest.mark.unit
 
 PROVIDERS = {name: Provider(name, "openai", f"http://{name}", api_key=f"sk-{name}") for name in ("a", "b", "c")}
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

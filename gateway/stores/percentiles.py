@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 from gateway.stores.postgres import Connection, Pool
-from gateway.stores.stats import QUERY_TIMEOUT, Scope, count_since, reading
+from gateway.stores.stats import IN_SCOPE, QUERY_TIMEOUT, Scope, count_since, reading
 
 MAX_SAMPLE = 50_000  # rows that are read for one question
 SLICES = 20  # of a step; each has a window
@@ -103,17 +103,16 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _GOLDEN = (5**0.5 - 1) / 2
 
 # `interrupted` without a latency: nobody saw its end.
-_ROWS = """
+_ROWS = (
+    """
     select started_at, latency_ms, ttft_ms from usage
     where started_at >= $7 and started_at < $8
-      and ($1::uuid is null or account_id = $1)
-      and ($2::text is null or user_id = $2)
-      and ($3::text is null or app_id = $3)
-      and ($4::text is null or model = $4)
-      and ($5::text is null or provider = $5)
-      and ($6::text is null or key_id = $6)
+      and """  # noqa: S608 - constants alone
+    + IN_SCOPE
+    + """
       and (outcome <> 'interrupted' or latency_ms > 0)
 """
+)
 
 _POINTS = """
 select

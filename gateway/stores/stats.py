@@ -221,8 +221,19 @@ async def _groups(reader: Connection, scope: Scope, group_by: str, as_of: dateti
     return found[1:]
 
 
+# A tenant's rows alone, whatever is asked of them: the first six parameters of every question are `Scope.filters`.
+IN_SCOPE = """
+($1::uuid is null or account_id = $1)
+and ($2::text is null or user_id = $2)
+and ($3::text is null or app_id = $3)
+and ($4::text is null or model = $4)
+and ($5::text is null or provider = $5)
+and ($6::text is null or key_id = $6)
+"""
+
 # A piece at a time, each by its own index: as a join the pieces would be looked for in all there is.
-_CELLS = """
+_CELLS = (
+    """
 with pieces as (
     select source, sign, coalesce(begins, '-infinity') as begins, coalesce(ends, 'infinity') as ends
     from unnest($8::text[], $9::integer[], $10::timestamptz[], $11::timestamptz[]) as given (source, sign, begins, ends)
@@ -239,14 +250,10 @@ parts as (
                 case when $7 in ('day', 'hour') then date_trunc($7, start, 'UTC') end as moment
             from usage_cells
             where source = pieces.source and start >= begins and start < ends
-              and ($1::uuid is null or account_id = $1)
-              and ($2::text is null or user_id = $2)
-              and ($3::text is null or app_id = $3)
-              and ($4::text is null or model = $4)
-              and ($5::text is null or provider = $5)
-              and ($6::text is null or key_id = $6)
-        )
-"""
+              and """  # noqa: S608 - constants alone
+    + IN_SCOPE
+    + ")"
+)
 
 # Of thousands of groups these are told: only their figures are all added up.
 _BUSIEST = (
@@ -335,13 +342,9 @@ from usage
 
 _ROWS = (
     _COLUMNS
+    + "where "
+    + IN_SCOPE
     + """
-where ($1::uuid is null or account_id = $1)
-  and ($2::text is null or user_id = $2)
-  and ($3::text is null or app_id = $3)
-  and ($4::text is null or model = $4)
-  and ($5::text is null or provider = $5)
-  and ($6::text is null or key_id = $6)
   and ($7::timestamptz is null or started_at >= $7)
   and ($8::timestamptz is null or started_at < $8)
   and ($9::uuid is null or request_id < $9)

@@ -126,30 +126,33 @@ def _payers() -> list[Json]:
     ]
 
 
-def _savings() -> list[Json]:
-    """Cached tokens at the price of others, less what caching them cost more."""
-    saved = """
+_SAVED = """
 sum(
     hours.cached_tokens * (price.input - price.cached) - hours.cache_write_tokens * (price.write - price.input)
 ) / 1e6"""
-    priced = CHOSEN.replace(
-        "where",
-        """left join lateral (
+_PRICED = CHOSEN.replace(
+    "where",
+    """left join lateral (
     select * from (values ${list_prices:raw}) as listed (provider, pattern, input, cached, write)
     where listed.provider = hours.provider
       and (hours.model like listed.pattern or hours.model like listed.provider || '/' || listed.pattern)
     order by length(listed.pattern) desc limit 1
 ) as price on true
 where""",
-        1,
-    )
-    note = " At the vendors' list prices of the day the dashboard was made; your own prices are not known to it."
+    1,
+)
+_OF_LIST_PRICES = " At the vendors' list prices of the day the dashboard was made; your own prices are not known to it."
+
+
+def _savings() -> list[Json]:
+    """Cached tokens at the price of others, less what caching them cost more."""
     return [
         stat(
             "Saved",
             "currencyUSD",
-            sql(f"select coalesce({saved}, 0) as saved{priced}"),
-            "US dollars that cached tokens would have cost more, less what writing to the cache cost." + note,
+            sql(f"select coalesce({_SAVED}, 0) as saved{_PRICED}"),
+            "US dollars that cached tokens would have cost more, less what writing to the cache cost."
+            + _OF_LIST_PRICES,
         ),
         stat(
             "Prompt from the cache",
@@ -174,32 +177,36 @@ where""",
             ),
             16,
         ),
-        table(
-            "Savings by model",
-            [
-                sql(
-                    f"""
+        _savings_by_model(),
+    ]
+
+
+def _savings_by_model() -> Json:
+    return table(
+        "Savings by model",
+        [
+            sql(
+                f"""
 select
     hours.model as "Model", hours.provider as "Provider",
     sum(hours.cached_tokens) as "Cached", sum(hours.cache_write_tokens) as "Written",
     sum(hours.cached_tokens)::float8 / nullif(sum(hours.prompt_tokens), 0) as "From the cache",
-    {DOLLARS} as "Cost", {saved.strip()} as "Saved"{priced}group by 1, 2
+    {DOLLARS} as "Cost", {_SAVED.strip()} as "Saved"{_PRICED}group by 1, 2
 order by "Saved" desc nulls last, "Cached" desc limit {MOST}"""
-                )
-            ],
-            {
-                "Model": "",
-                "Provider": "",
-                "Cached": "short",
-                "Written": "short",
-                "From the cache": "percentunit",
-                "Cost": "currencyUSD",
-                "Saved": "currencyUSD",
-            },
-            "Below zero: more was written to the cache than was read from it. Empty: no list price." + note,
-            width=24,
-        ),
-    ]
+            )
+        ],
+        {
+            "Model": "",
+            "Provider": "",
+            "Cached": "short",
+            "Written": "short",
+            "From the cache": "percentunit",
+            "Cost": "currencyUSD",
+            "Saved": "currencyUSD",
+        },
+        "Below zero: more was written to the cache than was read from it. Empty: no list price." + _OF_LIST_PRICES,
+        width=24,
+    )
 
 
 def _budgets() -> list[Json]:

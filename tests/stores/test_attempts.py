@@ -1,16 +1,9 @@
 import pytest
 
 from gateway.stores.attempts import Attempts
+from tests.support.clock import Clock
 
 pytestmark = pytest.mark.unit
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_nobody_waits_before_the_limit() -> None:

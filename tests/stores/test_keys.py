@@ -24,6 +24,7 @@ from gateway.stores.keys import KeyStore, NewKey
 from gateway.stores.passwords import HashingPool, matches
 from gateway.stores.secrets import load_pepper
 from gateway.stores.tokens import join_token, make_token, parse_token
+from tests.support.clock import Clock
 
 pytestmark = pytest.mark.integration
 
@@ -53,14 +54,6 @@ OTHER_LIMITS: KeyLimits = {
 }
 
 HASHING = HashingPool()  # of all tests in this file; closed by the fixture below
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
