@@ -1,7 +1,8 @@
 # Commands of this project. `make` alone lists them.
 
 .DEFAULT_GOAL := help
-.PHONY: help up down logs test lint bench lock schema prices prove-usage prove-stats prove-journal chaos
+.PHONY: help up down logs test lint bench lock schema prices wheel image \
+	prove-usage prove-stats prove-journal prove-restart prove-image prove-terraform chaos
 # A target whose recipe fails is not kept; the stamps below depend on it.
 .DELETE_ON_ERROR:
 
@@ -48,6 +49,21 @@ prove-stats: .venv/.test ## ask every kind of question of ten million usage rows
 prove-journal: .venv/.test ## what the journal adds to a request, beside the disk's own fdatasync
 	@$(BIN)/python -m tests.prove.journal_overhead
 
+prove-restart: .venv/.test ## restart two gateways behind nginx under load, and count what is lost
+	@$(BIN)/python -m tests.prove.rolling_restart
+
+prove-image: .venv/.test ## build the image without Docker (Debian, root), run it read-only, and weigh it
+	@$(BIN)/python -m tests.prove.image
+
+prove-terraform: .venv/.test ## apply terraform/ to a stand-in for AWS, and see that a second plan is empty
+	@$(BIN)/python -m tests.prove.terraform
+
+wheel: .venv/.test ## build dist/: the wheel, and the bill of materials of what it is installed with
+	@$(BIN)/python -m scripts.release
+
+image: ## build the image ai-gateway with Docker
+	docker build --tag ai-gateway --tag ai-gateway:$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' gateway/__init__.py) .
+
 schema: .venv/.test ## rewrite sql/schema.sql after a new migration
 	@$(BIN)/python -m tests.support.stores
 
@@ -68,9 +84,9 @@ NEEDS_PYTHON = test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed."; 
 APT = test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends ca-certificates $(1) > /dev/null
 
-# The yardstick of the benchmark. Debian starts what it installs; the benchmark has an nginx of its own.
+# The yardstick of the benchmark, and a load balancer of the tests. Debian starts what it installs; these have an nginx of their own.
 NEEDS_NGINX = PATH="$$PATH:/usr/sbin" command -v nginx > /dev/null || { $(call APT,nginx-light) && \
-	{ service nginx stop > /dev/null 2>&1 || true; }; } || { echo "nginx is needed for the benchmark: please install it."; exit 1; }
+	{ service nginx stop > /dev/null 2>&1 || true; }; } || { echo "nginx is needed: please install it."; exit 1; }
 
 # Debian keeps the part of Python that makes environments in a package of its own.
 .venv/bin/pip:
@@ -88,11 +104,15 @@ NEEDS_NGINX = PATH="$$PATH:/usr/sbin" command -v nginx > /dev/null || { $(call A
 	@touch $@
 
 # Node comes in a wheel; the npm SDK is installed by its own lock. curl is the one program taken from the machine.
-.venv/.test: requirements-test.lock tests/acceptance/node/package-lock.json .venv/.run
+.venv/.test: requirements-test.lock requirements-infra.lock tests/acceptance/node/package-lock.json .venv/.run
 	@echo "Installing the tests' dependencies into .venv (half a minute, once)."
 	$(PIP) --require-hashes -r requirements-test.lock
+	@# In an environment of their own: checkov wants other versions of half of the rest.
+	test -x .venv/infra/bin/python || $(BIN)/python -m venv .venv/infra
+	.venv/infra/bin/python -m pip --disable-pip-version-check --no-input install --quiet --require-hashes -r requirements-infra.lock
 	cd tests/acceptance/node && PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --silent --no-audit --no-fund
 	@command -v curl > /dev/null || { $(call APT,curl); } || { echo "curl is needed for the tests: please install it."; exit 1; }
+	@$(NEEDS_NGINX)
 	@$(NEEDS_CHROMIUM)
 	@$(NEEDS_PROMETHEUS)
 	@touch $@
@@ -112,6 +132,7 @@ lock: .venv/.run ## resolve the dependencies anew (UPGRADE=--upgrade takes newer
 	$(LOCK) pyproject.toml --extra embedded -o requirements.lock
 	$(LOCK) pyproject.toml --extra embedded --extra otel --extra test -c requirements.lock -o requirements-test.lock
 	printf 'hatchling>=1.27\neditables\n' | $(LOCK) - -c requirements-test.lock -o requirements-build.lock
+	printf 'checkov>=3.3\nmoto[server]>=5.2\n' | $(LOCK) - -o requirements-infra.lock
 
 # For every platform, and without the name of the index they came from.
 LOCK = .venv/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
