@@ -62,7 +62,9 @@ wheel: .venv/.test ## build dist/: the wheel, and the bill of materials of what 
 	@$(BIN)/python -m scripts.release
 
 image: ## build the image ai-gateway with Docker
-	docker build --tag ai-gateway --tag ai-gateway:$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' gateway/__init__.py) .
+	@version=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' gateway/__init__.py); \
+	docker build --build-arg VERSION=$$version --build-arg REVISION=$$(git rev-parse HEAD) \
+		--tag ai-gateway --tag ai-gateway:$$version .
 
 schema: .venv/.test ## rewrite sql/schema.sql after a new migration
 	@$(BIN)/python -m tests.support.stores
@@ -96,10 +98,12 @@ NEEDS_NGINX = PATH="$$PATH:/usr/sbin" command -v nginx > /dev/null || { $(call A
 	} || { echo "$(PYTHON) cannot make environments: install its venv package (Debian: apt install python3-venv)."; exit 1; }
 	$(PYTHON) -m venv --clear .venv
 
-# Everything is installed by hash, the build backend too: without isolation pip takes it from the environment.
+# Everything is installed by hash, what builds is too (hatchling, and setuptools for quantile-python, which has no wheel):
+# without isolation pip takes it from the environment.
 .venv/.run: requirements.lock requirements-build.lock pyproject.toml | .venv/bin/pip
 	@echo "Installing the gateway's dependencies into .venv (half a minute, once)."
-	$(PIP) --require-hashes -r requirements.lock -r requirements-build.lock
+	$(PIP) --require-hashes -r requirements-build.lock
+	$(PIP) --require-hashes --no-build-isolation -r requirements.lock
 	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -131,7 +135,7 @@ lock: .venv/.run ## resolve the dependencies anew (UPGRADE=--upgrade takes newer
 	$(PIP) --target .venv/lock --upgrade uv
 	$(LOCK) pyproject.toml --extra embedded -o requirements.lock
 	$(LOCK) pyproject.toml --extra embedded --extra otel --extra test -c requirements.lock -o requirements-test.lock
-	printf 'hatchling>=1.27\neditables\n' | $(LOCK) - -c requirements-test.lock -o requirements-build.lock
+	printf 'hatchling>=1.27\neditables\nsetuptools>=80\n' | $(LOCK) - -c requirements-test.lock -o requirements-build.lock
 	printf 'checkov>=3.3\nmoto[server]>=5.2\n' | $(LOCK) - -o requirements-infra.lock
 
 # For every platform, and without the name of the index they came from.

