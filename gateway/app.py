@@ -298,6 +298,7 @@ async def _tasks(app: web.Application) -> AsyncIterator[None]:
     pulse = app[keys.PULSE] = Pulse(settings, connections, metrics)
     pressure = app[keys.PRESSURE] = Pressure(pulse, connections, metrics)
     shipper, script, copy = app[keys.SHIPPER], app[keys.SCRIPT], app[keys.COPY]
+    await script.meet()
     work: dict[str, Work] = {
         "usage shipper": shipper.run,
         "limits and budgets": script.run,

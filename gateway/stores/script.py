@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 OnRedisDown = Literal["local", "open", "closed"]
 
 TIMEOUT = 0.1  # seconds that Redis may take; the most that it can add to a request
+MEETING = 1.0  # seconds that it may take while the process starts, is busy with that, and has no requests yet
 FIRST_PAUSE = 1.0  # seconds between the loss of Redis and the first probe; doubles with each probe that fails
 LONGEST_PAUSE = 5.0 - 2 * TIMEOUT  # seconds; a Redis that is back is used again within 5
 MAX_OPERATIONS = 100  # in one call, which takes Redis 10 to 50 µs each; meanwhile it answers nobody else
@@ -125,6 +126,7 @@ class RedisScript:
         self._quiet = asyncio.Event()  # no trip is under way, and none will be until something is asked
         self._quiet.set()
         self._trip: Sequence[Operation] = ()  # under way
+        self._limit = TIMEOUT  # seconds that one may take
         self._ends = 0.0  # when its time is up, seconds, monotonic
         self._timer: asyncio.TimerHandle | None = None  # looks at that; one, however many trips are made
         self._connection: ScriptConnection | None = None  # closed by `close`
@@ -160,11 +162,22 @@ class RedisScript:
             self._due.append(operation)
             self._start()
 
-    async def run(self) -> None:
-        """Keeps the beat, and looks for a Redis that is gone. Never returns.
+    async def meet(self) -> None:
+        """Connects and loads the script before a request needs them. Returns when Redis has answered, or is gone.
 
-        The first beat comes at once: it connects and loads the script before a request needs them.
+        On a busy machine a start takes so much of the loop that TIMEOUT would find a Redis gone that is there; a budget
+        that was never heard of is then refused.
         """
+        self._limit = MEETING
+        self.send(_Probe())
+        await self.heard()
+        self._limit = TIMEOUT
+        if self._timer is not None:  # it would look too late at the next
+            self._timer.cancel()
+            self._timer = None
+
+    async def run(self) -> None:
+        """Keeps the beat, and looks for a Redis that is gone. Never returns."""
         while True:
             if self.gone:
                 await asyncio.sleep(self._pause)
@@ -223,7 +236,7 @@ class RedisScript:
     def _set_out(self, batch: Sequence[Operation]) -> None:
         self._quiet.clear()
         self._trip = batch
-        self._ends = monotonic() + TIMEOUT
+        self._ends = monotonic() + self._limit
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(TIMEOUT, self._look)
         if self._connection is not None and self._connection.is_open:

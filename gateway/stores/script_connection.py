@@ -114,6 +114,7 @@ def _head(*words: bytes) -> bytes:
 async def open_connection(redis: Redis, script: bytes) -> ScriptConnection:
     """A new one, outside of the client's pool. Raises what redis-py does."""
     opened: Connection = redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+    opened.socket_connect_timeout = opened.socket_timeout  # the script's own is shorter, but for its first
     try:
         await opened.connect()  # type: ignore[no-untyped-call]
         asked = time.time()

@@ -64,15 +64,15 @@ async def run(data: Path, seconds: float) -> Soak:
         load = Load([Door(gateway.base_url) for gateway in gateways], key, CLIENTS)
         soak.faults = await _torment(gateways, redis, postgres.proxy, seconds, soak)
         healed = monotonic()
-        await _healthy(gateways)
+        await healthy(gateways)
         soak.recovery = monotonic() - healed
         await load.stop()
-        await _healthy(gateways, settled=True)
+        await healthy(gateways, settled=True)
         soak.calls, soak.refused = len(load.calls), Counter(call.error for call in load.calls if call.status == 503)
         pool = await opened.enter_async_context(asyncpg.create_pool(postgres.url, min_size=1, max_size=2))
         await soak.ledger.compare(pool, load.calls, set(calls.read_text().split()))
         soak.ledger.chain = await verify(Stage(environ, data / "gateway.log", soak.ledger))
-        await _look_at_limits(gateways[0], redis_url, pool, key, soak)
+        await look_at_limits(gateways[0], redis_url, pool, key, soak)
     return soak
 
 
@@ -107,7 +107,7 @@ async def _hurt(proxy: Proxy, ways: str) -> None:
         proxy.answer, proxy.answered = random.choice(REFUSALS), b"EVAL"
 
 
-async def _healthy(gateways: list[Served], *, settled: bool = False) -> None:
+async def healthy(gateways: list[Served], *, settled: bool = False) -> None:
     """Returns when all use Redis and Postgres again, and have written all their rows if they are to be `settled`."""
     async with aiohttp.ClientSession() as client:
         for gateway in gateways:
@@ -122,8 +122,9 @@ async def _healthy(gateways: list[Served], *, settled: bool = False) -> None:
                 await asyncio.sleep(0.05)
 
 
-async def _look_at_limits(gateway: Served, redis_url: str, pool: asyncpg.Pool, key: str, soak: Soak) -> None:
-    soak.used = await pool.fetchval("select sum(prompt_tokens + completion_tokens)::bigint from usage")
+async def look_at_limits(gateway: Served, redis_url: str, pool: asyncpg.Pool, key: str, soak: Soak) -> None:
+    total = "select sum(prompt_tokens + completion_tokens)::bigint from usage where key_id = $1"
+    soak.used = await pool.fetchval(total, key.split("_")[1])
     async with Redis.from_url(redis_url) as client:
         deadline = monotonic() + 45  # a lease that nobody gives back ends by itself, after 30 s
         while monotonic() < deadline:

@@ -1,12 +1,14 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from time import monotonic
 
 import pytest
 from redis.asyncio import Redis
 
 from gateway.stores import script as script_module
-from gateway.stores.script import Operation, RedisScript, connect_redis
+from gateway.stores.script import MEETING, TIMEOUT, Operation, RedisScript, connect_redis
+from tests.support.proxy import proxied_redis
 
 pytestmark = pytest.mark.integration
 
@@ -110,3 +112,27 @@ async def test_renewals_do_not_hold_up_what_is_asked_meanwhile(redis_url: str) -
         assert sum(renewal.answer is not None for renewal in renewals) == script_module.MAX_RENEWALS
         await one.heard()
         assert all(renewal.answer is not None for renewal in renewals)
+
+
+async def test_a_start_waits_longer_for_redis_than_a_request_does(redis_url: str) -> None:
+    async with proxied_redis(redis_url) as (proxy, url), connect_redis(url) as client:
+        script = RedisScript(client)
+        proxy.delay = 0.6 * TIMEOUT  # each way
+        await script.meet()
+        assert not script.gone and script.epoch
+        told = Told()
+        assert await asked(script, told) == [None]
+        assert script.gone
+        await script.close()
+
+
+async def test_a_start_does_not_wait_for_a_redis_that_says_nothing_or_is_not_there(redis_url: str) -> None:
+    async with proxied_redis(redis_url) as (proxy, url), connect_redis(url) as client:
+        proxy.stall()
+        for most in (MEETING + 0.5, 0.5):
+            script, began = RedisScript(client), monotonic()
+            await script.meet()
+            assert script.gone
+            assert monotonic() - began < most
+            await script.close()
+            await proxy.cut()

@@ -40,12 +40,12 @@ class Served:
 
 @asynccontextmanager
 async def serving(
-    environ: Mapping[str, str], *, coverage: bool = True, log: Path | None = None
+    environ: Mapping[str, str], *, port: int = 0, coverage: bool = True, log: Path | None = None
 ) -> AsyncIterator[Served]:
     """Runs until the block ends. What the tests' own environment sets for providers does not reach it.
 
-    `coverage=False` where time or memory is measured: what measures coverage costs both. `log`: a file to which its
-    log lines are added; without one they are the test's own.
+    `port`: 0 for one that is free. `coverage=False` where time or memory is measured: what measures coverage costs
+    both. `log`: a file to which its log lines are added; without one they are the test's own.
     """
     passed = ["PATH", "HOME", "TMPDIR", *(["COVERAGE_PROCESS_CONFIG"] if coverage else [])]
     kept = {name: os.environ[name] for name in passed if name in os.environ}
@@ -53,7 +53,7 @@ async def serving(
     started = monotonic()
     with log.open("ab") if log else nullcontext() as errors:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "gateway", "serve", "--port", "0",
+            sys.executable, "-m", "gateway", "serve", "--port", str(port),
             env={**kept, "GATEWAY_DATA_DIR": data_dir.name, **environ}, stdout=asyncio.subprocess.PIPE, stderr=errors,
         )  # fmt: skip
     assert process.stdout is not None
