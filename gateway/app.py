@@ -262,7 +262,7 @@ def _providers(settings: Settings, routes: Routes) -> Context:
             app[keys.BALANCER] = balancer = Balancer(tell=app[keys.OUTAGES].tell)
             balancer.follow(known.providers)
             learn = app[keys.METRICS].known_models.update
-            app[keys.CATALOGUE] = Catalogue(known, upstream, on_models=learn, on_look=balancer.looked)
+            app[keys.CATALOGUE] = Catalogue(known, upstream, app[keys.PRICES], on_models=learn, on_look=balancer.looked)
             show_health(balancer, app[keys.METRICS], known.answering())
             yield
 

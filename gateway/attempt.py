@@ -18,7 +18,6 @@ from gateway.balancer import Turn
 from gateway.client import Client
 from gateway.deadline import Deadline
 from gateway.exchange import Exchange, Outcome
-from gateway.protocol.chat import Call, UpstreamRequest
 from gateway.protocol.dialects import DIALECTS
 from gateway.protocol.errors import (
     GatewayError,
@@ -32,6 +31,7 @@ from gateway.protocol.errors import (
     UpstreamTimeout,
 )
 from gateway.protocol.meter import Meter
+from gateway.protocol.request import PARSE_HERE, Call, UpstreamRequest
 from gateway.protocol.usage import Usage
 from gateway.protocol.whole import Whole
 from gateway.stream import Stream, Tally
@@ -83,16 +83,16 @@ class Attempt:
     def __init__(
         self, request: web.Request, exchange: Exchange, client: Client, turn: Turn, call: Call, meter: Meter
     ) -> None:
-        assert exchange.principal is not None and exchange.chat is not None
+        assert exchange.principal is not None and exchange.asked is not None
         app = root(request)
         self._request = request
         self._exchange = exchange
         self._client = client
         self._turn = turn
         self._target = call.target
-        self._stream = call.chat.stream
+        self._stream = call.asked.stream
         # The provider streams, and the client wants a whole answer.
-        self._gathered = Whole() if call.chat.stream and not exchange.chat.stream else None
+        self._gathered = Whole(call.asked.kind) if call.asked.stream and not exchange.asked.stream else None
         self._drain_seconds = exchange.principal.drain_seconds
         self._dialect = DIALECTS[call.target.provider.dialect]
         self.translator = self._dialect.translator(call)
@@ -259,7 +259,8 @@ class Attempt:
             raise self._late(limit, f"did not finish its answer within {limit:g} s", "timeout_total") from None
         finally:
             self._client.deadline = None
-        reply = self.translator.reply(body)
+        read = self.translator.reply
+        reply = read(body) if len(body) <= PARSE_HERE else await asyncio.to_thread(read, body)
         self._tell_ok()
         if self._span is not None:
             self._span.read(reply.body)

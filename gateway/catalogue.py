@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -10,6 +10,8 @@ import orjson
 
 from gateway.protocol.dialects import DIALECTS
 from gateway.protocol.errors import GatewayError, PermissionDenied
+from gateway.protocol.pricing import Price, PriceTable
+from gateway.protocol.request import Listed
 from gateway.protocol.routing import Provider, Route, Routes, Target, is_pattern
 from gateway.upstream import Upstream
 
@@ -24,9 +26,17 @@ PROBE_TIMEOUT = 3.0  # seconds for a provider to give its list; it is asked agai
 class Model(NamedTuple):
     id: str  # the name to ask for
     owned_by: str
+    context_length: int | None = None  # tokens of prompt and answer; None: nobody says it
+    price: Price | None = None
 
     def object(self) -> dict[str, Any]:
-        return {"id": self.id, "object": "model", "created": 0, "owned_by": self.owned_by}
+        """OpenAI's, and beside it what is known in the words of https://openrouter.ai/docs/overview/models."""
+        said: dict[str, Any] = {"id": self.id, "object": "model", "created": 0, "owned_by": self.owned_by}
+        if self.context_length is not None:
+            said["context_length"] = self.context_length
+        if self.price is not None:
+            said["pricing"] = self.price.to_openrouter()
+        return said
 
 
 class Catalogue:
@@ -40,15 +50,17 @@ class Catalogue:
         self,
         routes: Routes,
         upstream: Upstream,
+        prices: PriceTable,
         *,
         on_models: Callable[[set[str]], None],
         on_look: Callable[[str, bool], None] = lambda name, listed: None,
     ) -> None:
         self.routes = routes
         self._upstream = upstream
+        self._prices = prices
         self._on_models = on_models
         self._on_look = on_look
-        self._listed: dict[str, Sequence[str]] = {}  # by provider, what it said when it last answered
+        self._listed: dict[str, Sequence[Listed]] = {}  # by provider, what it said when it last answered
         self._answers_by_patterns: dict[tuple[str, ...], list[Model]] = {}  # to `models`, until the next look
         self._known: dict[tuple[str, tuple[str, ...]], Route] = {}  # by what `resolve` was asked, likewise
         self.reachable: dict[str, bool] = {}  # by provider, as of the last look
@@ -106,14 +118,26 @@ class Catalogue:
             if provider.enabled:
                 for listed in self._models_of(provider):
                     found.setdefault(self._ask_for(provider, listed), provider.label)
-        return [Model(name, label) for name, label in found.items() if self._answers(name, allowed)]
+        windows = {
+            (provider, listed.name): listed.context_length
+            for provider, rows in self._listed.items()
+            for listed in rows
+            if listed.context_length is not None
+        }
+        models = (self._model(name, label, allowed, windows) for name, label in found.items())
+        return [model for model in models if model is not None]
 
-    def _answers(self, name: str, allowed: Sequence[str]) -> bool:
+    def _model(
+        self, name: str, label: str, allowed: Sequence[str], windows: Mapping[tuple[str, str], int]
+    ) -> Model | None:
+        """As who answers first has it; None when nobody does."""
         try:
-            self._resolve(name, None, allowed)
+            target = self._resolve(name, None, allowed)[0][0]
         except GatewayError:
-            return False
-        return True
+            return None
+        asked = target.provider.name, target.model
+        window = windows.get(asked) or self._prices.context_length(*asked)
+        return Model(name, label, window, self._prices.price(*asked))
 
     def _owner(self, name: str) -> str:
         """Of a name with a plan: who answers first."""
@@ -123,7 +147,7 @@ class Catalogue:
             return ""
 
     def _models_of(self, provider: Provider) -> Iterable[str]:
-        return dict.fromkeys([*provider.models, *self._listed.get(provider.name, ())])
+        return dict.fromkeys([*provider.models, *(listed.name for listed in self._listed.get(provider.name, ()))])
 
     def _ask_for(self, provider: Provider, model: str) -> str:
         """The plain name when it leads to this provider; else `provider/model`."""
@@ -152,7 +176,7 @@ class Catalogue:
         dialect = DIALECTS[provider.dialect]
         try:
             body = await self._upstream.get(provider, dialect.models_path, PROBE_TIMEOUT)
-            listed: Sequence[str] | None = dialect.models(orjson.loads(body))
+            listed: Sequence[Listed] | None = dialect.models(orjson.loads(body))
         except (GatewayError, ValueError) as error:
             log.debug("models of %s: %s", provider.name, error)
             listed = None

@@ -65,11 +65,11 @@ class Client:
     def __init__(
         self, request: web.Request, exchange: Exchange, *, draining: Callable[[], bool], outlived: bool = False
     ) -> None:
-        assert exchange.chat is not None
+        assert exchange.asked is not None
         self._request = request
         self._connection = cast(Connection, request.protocol)
         self._exchange = exchange
-        self._stream = exchange.chat.stream
+        self._stream = exchange.asked.stream
         # A client of HTTP/1.0 knows no chunks: the end of its stream is that of the connection, RFC 9112 6.3.
         self._chunked = self._stream and request.version >= HttpVersion11
         self._draining = draining  # its connection is not to be used again

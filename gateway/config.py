@@ -76,7 +76,7 @@ def _price_path(prices: Mapping[str, Any], problem: str) -> KeyPath:
     return ("prices",)
 
 
-LIMITED_ROUTES = ("/v1/chat/completions",)
+LIMITED_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 
 
 def _rates(own: ConfigFile) -> Mapping[str, tuple[float, int]]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal, Protocol
 
-from gateway.protocol.chat import ChatRequest
 from gateway.protocol.meter import Meter
+from gateway.protocol.request import ModelRequest
 from gateway.protocol.routing import Route, Target
 
 Outcome = Literal[
@@ -95,7 +95,7 @@ class Exchange:
     app_id: str = ""  # middlewares.authenticate: X-App-Id
     own_credential: str | None = field(default=None, repr=False)  # middlewares.authenticate
 
-    chat: ChatRequest | None = None  # middlewares.read_call
+    asked: ModelRequest | None = None  # middlewares.read_call
     upload_ms: float = 0.0  # middlewares.read_call: until the client had sent its body
 
     route: Route = ()  # handlers.chat: who may answer

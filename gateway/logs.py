@@ -153,7 +153,7 @@ def exchange_fields(exchange: Exchange, usage: Usage | None, source: str) -> dic
 
 
 def _add_fields(fields: dict[str, Any], exchange: Exchange, usage: Usage | None, source: str) -> None:
-    principal, target, chat = exchange.principal, exchange.target, exchange.chat
+    principal, target, chat = exchange.principal, exchange.target, exchange.asked
     started, first_byte = exchange.started, exchange.first_byte
     fields["request_id"] = exchange.id
     if exchange.client_request_id:

@@ -317,7 +317,7 @@ class Metrics(Page):
         if exchange.upstream_ms:
             waited = (exchange.upload_ms + exchange.upstream_ms) / 1000
             self.overhead_seconds.observe(max(0.0, seconds - waited))
-        if exchange.first_byte and exchange.chat is not None and exchange.chat.stream:
+        if exchange.first_byte and exchange.asked is not None and exchange.asked.stream:
             series.first_token_seconds.observe(exchange.first_byte - exchange.started)
         if exchange.outcome == "client_abort":
             self.client_aborts.labels("stream" if exchange.first_byte else "ttft").inc()

@@ -19,7 +19,6 @@ from gateway.body import read_body
 from gateway.exchange import Exchange
 from gateway.identity import API_KEY, MAX_LABEL, identify, lent_key, session_token
 from gateway.logs import log_exchange
-from gateway.protocol.chat import PARSE_HERE, ChatRequest, parse_chat
 from gateway.protocol.errors import (
     GatewayError,
     InternalError,
@@ -32,6 +31,7 @@ from gateway.protocol.errors import (
     Unauthenticated,
     Unavailable,
 )
+from gateway.protocol.request import PARSE_HERE, ModelRequest, parse_chat, parse_completion, parse_embedding
 from gateway.stores.grants import Admission
 from gateway.stores.tokens import PREFIX
 
@@ -41,7 +41,11 @@ if TYPE_CHECKING:  # it imports OpenTelemetry
 log = logging.getLogger("gateway.access")
 
 _QUIET = ("/health", "/metrics")  # asked every few seconds by machines
-_PARSERS: Mapping[str, Callable[[bytes], ChatRequest]] = {"/v1/chat/completions": parse_chat}
+_PARSERS: Mapping[str, Callable[[bytes], ModelRequest]] = {
+    "/v1/chat/completions": parse_chat,
+    "/v1/completions": parse_completion,
+    "/v1/embeddings": parse_embedding,
+}
 
 
 async def on_prepare(request: web.Request, response: web.StreamResponse) -> None:
@@ -266,11 +270,11 @@ async def read_call(request: web.Request, handler: Handler) -> web.StreamRespons
         body = await read_body(request, root(request)[SETTINGS].gateway_max_body)
         exchange.upload_ms = (monotonic() - before) * 1000
         # A large body takes its time, which others' streams must not wait for.
-        exchange.chat = parse(body) if len(body) <= PARSE_HERE else await asyncio.to_thread(parse, body)
+        exchange.asked = parse(body) if len(body) <= PARSE_HERE else await asyncio.to_thread(parse, body)
     return await handler(request)
 
 
-def _parser(request: web.Request) -> Callable[[bytes], ChatRequest] | None:
+def _parser(request: web.Request) -> Callable[[bytes], ModelRequest] | None:
     """Of the requests that go on to a provider."""
     return _PARSERS.get(request.path) if request.method == hdrs.METH_POST else None
 

@@ -9,6 +9,7 @@ Rule 4: an exchange has one row, of the target that was asked last. What failed 
 import asyncio
 import math
 import random
+from collections.abc import Mapping
 from time import monotonic, time
 
 from aiohttp import web
@@ -18,7 +19,6 @@ from gateway.attempt import ASKED, Attempt
 from gateway.balancer import Turn
 from gateway.client import Client
 from gateway.exchange import Exchange
-from gateway.protocol.chat import PARSE_HERE, Call, UpstreamRequest, prompt_text
 from gateway.protocol.errors import (
     GatewayError,
     InternalError,
@@ -35,6 +35,7 @@ from gateway.protocol.errors import (
     UpstreamTruncated,
 )
 from gateway.protocol.meter import Meter
+from gateway.protocol.request import PARSE_HERE, Call, Kind, UpstreamRequest, prompt_of
 from gateway.protocol.routing import Target
 from gateway.reserve import reserve
 
@@ -42,13 +43,16 @@ ATTEMPTS = 3  # at most, of one exchange
 LONGEST_WAIT = 1.0  # seconds that a provider may ask for, to be asked again for the same exchange
 JITTER = 0.1  # seconds; doubled with each attempt, and a pause is anything up to it
 
+# What an answer's id begins with, where it is of our making.
+_IDS: Mapping[Kind, str] = {"chat": "chatcmpl-", "completion": "cmpl-", "embedding": ""}
+
 # After these the same provider says the same: its credential, its address, or what stands there, is wrong.
 _LASTING = frozenset({"auth", "redirect", "bad_body", "tls"})
 
 
 async def relay(request: web.Request, exchange: Exchange) -> web.StreamResponse:
-    """Answer a chat request whose route is set. Raises GatewayError only while no byte was sent."""
-    assert exchange.chat is not None and exchange.principal is not None
+    """Answer a request to a model whose route is set. Raises GatewayError only while no byte was sent."""
+    assert exchange.asked is not None and exchange.principal is not None
     pulse = root(request)[PULSE]
     client = Client(request, exchange, draining=lambda: pulse.closing, outlived=exchange.principal.drain_seconds > 0)
     asking = _Asking(request, exchange, client)
@@ -59,7 +63,7 @@ async def relay(request: web.Request, exchange: Exchange) -> web.StreamResponse:
             try:
                 attempt, to_send = await asking.prepare(turn)
                 response = await attempt.run(to_send)
-                turn.ok(exchange.first_byte if exchange.chat.stream else 0.0)
+                turn.ok(exchange.first_byte if exchange.asked.stream else 0.0)
                 return response
             except GatewayError as error:
                 await asking.go_on(turn, error)
@@ -120,15 +124,16 @@ class _Asking:
     async def prepare(self, turn: Turn) -> tuple[Attempt, UpstreamRequest]:
         """All that comes before anything is sent. Raises GatewayError: then nothing was, and nobody was named."""
         exchange, target = self._exchange, turn.target
-        assert exchange.chat is not None
+        assert exchange.asked is not None
         self._attempt = None
-        meter = Meter(prompt_text(exchange.chat))
-        chat = await reserve(self._request, exchange, target, meter)
-        call = Call(chat, target, f"chatcmpl-{exchange.id.replace('-', '')}", int(time()))
+        prompt = prompt_of(exchange.asked)
+        meter = Meter(prompt.texts, prompt.tokens, framed=prompt.messages)
+        asked = await reserve(self._request, exchange, target, meter)
+        call = Call(asked, target, _IDS[asked.kind] + exchange.id.replace("-", ""), int(time()))
         attempt = Attempt(self._request, exchange, self._client, turn, call, meter)
         # Raises InvalidRequest for what the dialect cannot express.
         request_of = attempt.translator.request
-        to_send = request_of() if len(chat.body) <= PARSE_HERE else await asyncio.to_thread(request_of)
+        to_send = request_of() if len(asked.body) <= PARSE_HERE else await asyncio.to_thread(request_of)
         exchange.meter = meter
         if target is not exchange.target:
             _name(exchange, target)

@@ -9,9 +9,9 @@ from aiohttp import web
 
 from gateway.appkeys import BUDGETS, METRICS, PRICES, root
 from gateway.exchange import Exchange
-from gateway.protocol.chat import PARSE_HERE, ChatRequest, max_output
 from gateway.protocol.errors import GatewayError, PermissionDenied, QuotaExhausted, RateLimited, Unavailable
 from gateway.protocol.meter import Meter
+from gateway.protocol.request import PARSE_HERE, ModelRequest, max_output
 from gateway.protocol.routing import Target
 from gateway.protocol.usage import Usage
 from gateway.protocol.whole import streamed
@@ -26,32 +26,34 @@ _REFUSALS: Mapping[type[GatewayError], str] = {
 }
 
 
-async def reserve(request: web.Request, exchange: Exchange, target: Target, meter: Meter) -> ChatRequest:
+async def reserve(request: web.Request, exchange: Exchange, target: Target, meter: Meter) -> ModelRequest:
     """The request as its budgets let it be sent to `target`; what they hold for it is the exchange's `reservation`.
 
     What was held for another target that it was sent to before is given back. Raises what `Budgets.reserve` does.
     """
-    chat, principal = exchange.chat, exchange.principal
-    assert chat is not None and principal is not None
+    asked, principal = exchange.asked, exchange.principal
+    assert asked is not None and principal is not None
     if not root(request)[BUDGETS].covers(principal):
-        return chat
+        return asked
     if exchange.reservation is not None:
         exchange.reservation.settle(0, 0)
         if exchange.meter is not None:  # so its row, if nobody else can be asked, says the same
             exchange.meter.usage = Usage(0, 0)
-    large = len(chat.body) > PARSE_HERE
+    large = len(asked.body) > PARSE_HERE
     prompt_tokens = await asyncio.to_thread(meter.prompt_estimate) if large else meter.prompt_estimate()
+    most = max_output(asked)
+    output_tokens = SLICE if most is None else min(most, SLICE)
     try:
-        reservation = await _ask(request, exchange, target, prompt_tokens, min(max_output(chat) or SLICE, SLICE))
+        reservation = await _ask(request, exchange, target, prompt_tokens, output_tokens)
     except GatewayError as error:
         root(request)[METRICS].rate_limited.labels(_REFUSALS[type(error)]).inc()
         raise
     exchange.reservation = reservation
     exchange.headers.update(reservation.headers)
-    if chat.stream or not reservation.binding:
-        return chat
+    if asked.stream or not reservation.binding or asked.kind == "embedding":
+        return asked
     # Only a stream can be ended in the middle.
-    ask = partial(streamed, chat, asks_usage=target.provider.asks_usage)
+    ask = partial(streamed, asked, asks_usage=target.provider.asks_usage)
     return await asyncio.to_thread(ask) if large else ask()
 
 

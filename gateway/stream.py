@@ -15,9 +15,9 @@ from time import monotonic
 
 from gateway.client import Client
 from gateway.exchange import Exchange
-from gateway.protocol.chat import Chunk, Translator
 from gateway.protocol.errors import GatewayError, UpstreamBadBody
 from gateway.protocol.meter import Meter
+from gateway.protocol.request import Chunk, Translator
 from gateway.protocol.usage import Usage
 from gateway.protocol.whole import Whole
 from gateway.series import Live

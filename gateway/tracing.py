@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import threading
+from collections.abc import Mapping
 from functools import lru_cache
 from time import monotonic, time_ns
 from urllib.parse import urlsplit
@@ -35,9 +36,9 @@ from opentelemetry.util.types import AttributeValue
 from gateway import __version__
 from gateway.exchange import Exchange
 from gateway.masking import harmless, safe
-from gateway.protocol.chat import Chunk
 from gateway.protocol.errors import GatewayError, UpstreamError
 from gateway.protocol.meter import Meter
+from gateway.protocol.request import Chunk, Kind
 from gateway.protocol.routing import Target
 from gateway.settings import SettingsError
 from gateway.stream import Tally
@@ -54,6 +55,8 @@ NOISE = 60.0  # seconds between two lines about a collector that does not answer
 _W3C = TraceContextTextMapPropagator()
 _CONTEXT = ("traceparent", "tracestate")  # https://www.w3.org/TR/trace-context/
 _MODEL = re.compile(rb'"model" ?: ?"([^"\\]{1,256})"')  # in a text of JSON's each of these quotes has a backslash
+# https://opentelemetry.io/docs/specs/semconv/registry/attributes/gen-ai/#gen-ai-operation-name
+_OPERATIONS: Mapping[Kind, str] = {"chat": "chat", "completion": "text_completion", "embedding": "embeddings"}
 _FAILED = ("upstream_error", "upstream_timeout", "interrupted", "gateway_error")  # outcomes that are a server's errors
 
 
@@ -134,15 +137,17 @@ class ServerSpan:
         self._attempts += 1
         model = _text(target.model)
         host, port = _address(target.provider.base_url)
+        assert exchange.asked is not None
+        operation = _OPERATIONS[exchange.asked.kind]
         attributes: dict[str, AttributeValue] = {
-            "gen_ai.operation.name": "chat",
+            "gen_ai.operation.name": operation,
             "gen_ai.provider.name": target.provider.name,
             "gen_ai.request.model": model,
             "gen_ai.request.stream": stream,
             "server.address": host,
             "server.port": port,
         }
-        span = self._tracer.start_span(f"chat {model}", self._inside, SpanKind.CLIENT, attributes)
+        span = self._tracer.start_span(f"{operation} {model}", self._inside, SpanKind.CLIENT, attributes)
         return ClientSpan(span, self._inside, exchange, stream=stream)
 
     def end(self, exchange: Exchange | None) -> None:

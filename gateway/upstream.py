@@ -15,8 +15,8 @@ from gateway import __version__
 from gateway.answer import Answer, Broken, Sink
 from gateway.http1 import Connection
 from gateway.pool import Origin, Pool, Unreachable, parse_proxy
-from gateway.protocol.chat import UpstreamRequest
 from gateway.protocol.errors import Overloaded, UpstreamError, UpstreamTimeout, UpstreamUnreachable
+from gateway.protocol.request import UpstreamRequest
 from gateway.protocol.routing import Provider, Target
 from gateway.settings import Settings
 

@@ -139,6 +139,8 @@ def _row(model: Any, dated: Any) -> dict[str, Any]:
     starts = sorted({tier.start for price in given.values() for tier in getattr(price, "tiers", ())})
     if starts:
         row["tiers"] = [{"above": start, **_rates(given, start + 1)} for start in starts]
+    if model.context_window:
+        row["context"] = model.context_window
     if since := _since(dated):
         row["since"] = since.isoformat()
     if isinstance(dated.constraint, types.TimeOfDateConstraint):

@@ -7,6 +7,7 @@ import pytest
 from gateway import catalogue as catalogue_module
 from gateway.catalogue import Catalogue
 from gateway.protocol.errors import ModelNotFound, PermissionDenied, UpstreamUnreachable
+from gateway.protocol.pricing import price_table
 from gateway.protocol.routing import Plan, Provider, Routes, Share
 from gateway.upstream import Upstream
 
@@ -16,22 +17,35 @@ OPENAI = Provider("openai", "openai", "https://openai.example/v1", "key of opena
 OLLAMA = Provider("ollama", "ollama", "http://ollama.example", probed=True)
 
 
+PRICES = price_table(
+    orjson.dumps(
+        {
+            "as_of": "2026-06-01",
+            "source": "a test",
+            "prices": {"openai": {"gpt-5": {"input": 1.25, "output": 10, "cached_input": 0.125, "context": 400_000}}},
+        }
+    )
+)
+
+
 class Lists:
     """What each provider lists; one that is not here does not answer."""
 
     def __init__(self) -> None:
         self.of: dict[str, list[str]] = {}
+        self.windows: dict[str, int] = {}  # by model, what a provider says of it
 
     async def get(self, provider: Provider, path: str, timeout: float) -> bytes:
         if provider.name not in self.of:
             raise UpstreamUnreachable("no answer")
         names = self.of[provider.name]
-        return orjson.dumps({"models": [{"name": name} for name in names], "data": [{"id": name} for name in names]})
+        rows = [{"id": name, "context_length": self.windows.get(name)} for name in names]
+        return orjson.dumps({"models": [{"name": name} for name in names], "data": rows})
 
 
 def catalogue(lists: Any = None, *providers: Provider, **told: Any) -> Catalogue:
     routes = Routes({provider.name: provider for provider in providers or (OPENAI, OLLAMA)}, {"fast": "gpt-5-mini"})
-    return Catalogue(routes, cast(Upstream, lists), on_models=lambda names: None, **told)
+    return Catalogue(routes, cast(Upstream, lists), PRICES, on_models=lambda names: None, **told)
 
 
 # --- targets ------------------------------------------------------------------------------------------------------
@@ -119,10 +133,31 @@ async def test_names_with_a_plan_are_listed_with_who_answers_first_and_patterns_
     }
     providers = {p.name: p for p in (OPENAI, OLLAMA, Provider("off", "openai", "https://off.example", enabled=False))}
     labels: set[str] = set()
-    known = Catalogue(Routes(providers, {}, plans), cast(Upstream, Lists()), on_models=labels.update)
+    known = Catalogue(Routes(providers, {}, plans), cast(Upstream, Lists()), PRICES, on_models=labels.update)
     assert [(model.id, model.owned_by) for model in known.models(())] == [("smart", OPENAI.label)]
     assert known.models(("claude-*",)) == []
     assert labels == {"smart", "nobody"}
+
+
+async def test_a_model_shows_its_window_and_price_where_they_are_known() -> None:
+    """The provider's own word on the window comes before the table's; the shapes are OpenRouter's."""
+    lists = Lists()
+    lists.of = {"openai": ["gpt-5", "gpt-unknown"]}
+    known = catalogue(lists)
+    await known.refresh()
+    shown = {model.id: model.object() for model in known.models(())}
+    assert shown["gpt-5"] == {
+        "id": "gpt-5",
+        "object": "model",
+        "created": 0,
+        "owned_by": OPENAI.label,
+        "context_length": 400_000,
+        "pricing": {"prompt": "0.00000125", "completion": "0.00001", "input_cache_read": "0.000000125"},
+    }
+    assert shown["gpt-unknown"].keys() == {"id", "object", "created", "owned_by"}
+    lists.windows = {"gpt-5": 128_000}
+    await known.refresh()
+    assert next(model.context_length for model in known.models(()) if model.id == "gpt-5") == 128_000
 
 
 # --- looks --------------------------------------------------------------------------------------------------------

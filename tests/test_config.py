@@ -210,8 +210,8 @@ def test_what_a_client_of_openai_asks_for_reaches_a_strict_vendor_in_words_that_
     assert (sent["model"], sent["max_tokens"], sent["random_seed"]) == ("mistral-large", 9, 1)
     assert [message["role"] for message in sent["messages"]] == ["system", "user"]
     azure = provider("azure", AZURE_OPENAI_API_KEY="k", AZURE_OPENAI_ENDPOINT="https://x.openai.azure.com")
-    same = structs.replace(call, target=Target(azure, call.chat.model))
-    assert OpenAITranslator(same).request().body == call.chat.body, "who knows all of it gets the client's bytes"
+    same = structs.replace(call, target=Target(azure, call.asked.model))
+    assert OpenAITranslator(same).request().body == call.asked.body, "who knows all of it gets the client's bytes"
 
 
 # --- models -------------------------------------------------------------------------------------------------------

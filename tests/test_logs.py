@@ -17,7 +17,7 @@ from aiohttp.http_exceptions import BadHttpMessage
 
 from gateway.exchange import Exchange, Principal
 from gateway.logs import LineHandler, exchange_fields, json_line, log_exchange, readable_line, setup, wants_colour
-from gateway.protocol.chat import parse_chat
+from gateway.protocol.request import parse_chat
 from gateway.protocol.routing import Provider, Target
 from gateway.protocol.usage import Usage
 
@@ -348,7 +348,7 @@ def exchange() -> Exchange:
         user_id="u1",
         app_id="a1",
         own_credential="sk-own",
-        chat=chat,
+        asked=chat,
         target=Target(provider, "gpt-x", credential="sk-secret"),
         model="fast",
         outcome="ok",

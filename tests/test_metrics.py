@@ -16,8 +16,8 @@ from gateway.breaker import STATES
 from gateway.exchange import Exchange
 from gateway.labels import INTER_TOKEN_SECONDS
 from gateway.metrics import Metrics
-from gateway.protocol.chat import ChatRequest
 from gateway.protocol.errors import UPSTREAM_ERROR_KINDS
+from gateway.protocol.request import ModelRequest
 from gateway.protocol.routing import Provider, Target
 from gateway.protocol.usage import Usage
 from gateway.series import MAX_HISTOGRAMS, MAX_SERIES, OTHER, HistogramSeries, escape
@@ -66,7 +66,7 @@ def exchange(*, stream: bool = True, model: str = "gpt-4o", status: int = 200) -
         ended=started + 3.5,
         first_byte=started + 2,
         upstream_ms=3000,
-        chat=ChatRequest(body=b"{}", fields={}, model=model, stream=stream, wants_usage=False),
+        asked=ModelRequest(body=b"{}", fields={}, model=model, stream=stream, wants_usage=False),
         target=Target(provider, model),
         model=model,
         outcome="ok",

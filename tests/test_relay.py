@@ -13,8 +13,8 @@ import aiohttp
 import pytest
 
 from gateway import appkeys
-from gateway.protocol.chat import Chunk
 from gateway.protocol.dialects.openai import OpenAITranslator
+from gateway.protocol.request import Chunk
 from gateway.stores.journal import Journal, JournalFull
 from tests.support.gateway import MODELS, Gateway, chat_body, read_events, running_gateway
 from tests.support.standin import standing_in

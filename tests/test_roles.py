@@ -28,6 +28,8 @@ ADMIN = [401, 401, 401, 403, 403, 200, 401, 403, 403, 200, 403, 403]
 # Of every route what each of ASKERS is answered. A new route is a line here.
 MATRIX: dict[tuple[str, str], list[int]] = {
     ("POST", "/v1/chat/completions"): KEY,
+    ("POST", "/v1/completions"): KEY,
+    ("POST", "/v1/embeddings"): KEY,
     ("GET", "/v1/models"): KEY,
     ("GET", "/v1/models/{id}"): KEY,
     ("GET", "/health"): OPEN,
@@ -164,6 +166,8 @@ def _body(world: World, asker: str, method: str, template: str, about: Person) -
     login = {"email": about.email, "password": PASSWORD}
     bodies: dict[str, dict[str, Any]] = {
         "/v1/chat/completions": chat_body("openai/mock-gpt?tokens=1"),
+        "/v1/completions": {"model": "openai/mock-gpt", "prompt": "a", "max_tokens": 1},
+        "/v1/embeddings": {"model": "openai/mock-gpt", "input": "a"},
         "/auth/register": {"email": f"user{world.count}@example.com", "password": PASSWORD},
         "/auth/session": login,
         "/auth/keys": {"key_name": "x", **({"email": about.email} if about.name == "ben" else {})},

@@ -219,7 +219,7 @@ def streaming(
 ) -> tuple[Stream, Answer, Connected, Meter, Any]:
     """A stream of an OpenAI dialect's answer, to a client that is none."""
     call, meter, connected = make_call("openai"), Meter(()), Connected()
-    exchange = Exchange(chat=call.chat, target=call.target, meter=meter)
+    exchange = Exchange(asked=call.asked, target=call.target, meter=meter)
     exchange.reservation = cast(Reservation, Paid()) if budget else None
 
     def write(data: bytes) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from gateway.protocol.chat import UpstreamRequest
 from gateway.protocol.errors import UpstreamBadBody, UpstreamError, UpstreamTimeout, UpstreamTruncated
+from gateway.protocol.request import UpstreamRequest
 from gateway.protocol.routing import Provider, Target
 from gateway.upstream import Answer, _fixed
 from tests.support.far import (

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: the route is found here, the rest is the relay's."""
+"""POST /v1/chat/completions, /v1/completions and /v1/embeddings: the route is found here, the rest is the relay's."""
 
 from aiohttp import web
 
@@ -10,17 +10,18 @@ from gateway.relay import relay
 
 
 def routes() -> list[web.RouteDef]:
-    return [web.post("/chat/completions", complete, expect_handler=leave_expectation)]
+    paths = ("/chat/completions", "/completions", "/embeddings")
+    return [web.post(path, complete, expect_handler=leave_expectation) for path in paths]
 
 
 async def complete(request: web.Request) -> web.StreamResponse:
     exchange = request[EXCHANGE]
-    chat, principal = exchange.chat, exchange.principal
-    assert chat is not None
+    asked, principal = exchange.asked, exchange.principal
+    assert asked is not None
     assert principal is not None
-    exchange.model = chat.model
-    route = root(request)[CATALOGUE].resolve(chat.model, exchange.own_credential, principal.allowed_models)
-    exchange.route = route if exchange.own_credential is None else _own(route, chat.model)
+    exchange.model = asked.model
+    route = root(request)[CATALOGUE].resolve(asked.model, exchange.own_credential, principal.allowed_models)
+    exchange.route = route if exchange.own_credential is None else _own(route, asked.model)
     return await relay(request, exchange)
 
 

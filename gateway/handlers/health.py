@@ -1,6 +1,7 @@
 """Is it up, can it serve, what does it depend on; and the metrics."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from time import monotonic
 
 import orjson
@@ -17,11 +18,25 @@ _STARTED = monotonic()
 
 def routes() -> list[web.RouteDef]:
     return [
-        web.get("/health", report),
+        web.get("/health", _as_written(report)),
         web.get("/health/live", live),
         web.get("/health/ready", ready),
-        web.get("/metrics", metrics),
+        web.get("/metrics", _as_written(metrics)),
     ]
+
+
+Handler = Callable[[web.Request], Awaitable[web.Response]]
+
+
+def _as_written(handler: Handler) -> Handler:
+    """Not by another spelling (`/%6detrics`), which a load balancer that hides the page would let through."""
+
+    async def handle(request: web.Request) -> web.Response:
+        if "%" in request.raw_path.partition("?")[0]:
+            raise web.HTTPNotFound
+        return await handler(request)
+
+    return handle
 
 
 async def live(request: web.Request) -> web.Response:

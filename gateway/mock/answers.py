@@ -65,6 +65,7 @@ class Ask:
     copies: int = 1  # OpenAI's n
     wants_usage: bool = True
     padded: bool = True  # OpenAI's obfuscation
+    echoed: str = ""  # a prompt that the answer begins with
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,7 +163,7 @@ class _Events:
 
     def usage(self, counts: Counts | None) -> bytes:
         """The event that carries the counts, if it was asked for."""
-        return self._event(b"[]", orjson.dumps(_usage(counts))) if self._wants_usage and counts else b""
+        return self._event(b"[]", orjson.dumps(usage_object(counts))) if self._wants_usage and counts else b""
 
     def _event(self, choices: bytes, usage: bytes) -> bytes:
         data = b'%s,"choices":%s' % (self._common, choices)
@@ -199,7 +199,7 @@ def reply(ask: Ask, said: Answer) -> bytes:
         "created": CREATED,
         "model": ask.model,
         "choices": choices,
-        "usage": _usage(said.counts),
+        "usage": usage_object(said.counts),
         "service_tier": "default",
         "system_fingerprint": "fp_mock",
     }
@@ -213,7 +213,7 @@ def _finish(ask: Ask, said: Answer) -> str:
     return "stop" if said.ending == "tools" and ask.named else _FINISH[said.ending]
 
 
-def _usage(counts: Counts | None) -> dict[str, Any] | None:
+def usage_object(counts: Counts | None) -> dict[str, Any] | None:
     if counts is None:
         return None
     return {

@@ -11,7 +11,7 @@ from weakref import WeakSet
 import orjson
 from aiohttp import web
 
-from gateway.mock import anthropic, ollama, openai
+from gateway.mock import anthropic, embeddings, ollama, ollama_generate, openai, openai_completion
 from gateway.mock.answers import Ask
 from gateway.mock.formats import Format
 from gateway.mock.log import Log, Received
@@ -22,7 +22,9 @@ from gateway.mock.stage import UNANSWERED, Performance, break_off
 MAX_BODY = 64 << 20  # bytes; the largest body that one of the providers takes is 32 MiB
 PREPARED = 64  # answers kept ready
 SMALL = 64 << 10  # bytes of a request that is remembered with its answer
-FORMATS: Mapping[str, Format] = {form.NAME: form for form in (openai, anthropic, ollama)}
+FORMATS: Mapping[str, Format] = {
+    form.NAME: form for form in (openai, openai_completion, anthropic, ollama, ollama_generate)
+}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -80,6 +82,10 @@ class Mock:
                 web.post("/v1/chat/completions", self._noting(self._chat(openai))),
                 web.post("/v1/messages", self._noting(self._chat(anthropic))),
                 web.post("/api/chat", self._noting(self._chat(ollama))),
+                web.post("/v1/completions", self._noting(self._chat(openai_completion))),
+                web.post("/api/generate", self._noting(self._chat(ollama_generate))),
+                web.post("/v1/embeddings", self._noting(self._embed(openai))),
+                web.post("/api/embed", self._noting(self._embed(ollama))),
                 web.get("/v1/models", self._noting(self._list_models)),
                 web.get("/api/tags", self._noting(self._list_tags)),
                 web.get("/api/version", self._noting(self._show_version)),
@@ -166,6 +172,25 @@ class Mock:
         return await performance.run(headers)
 
     # --- all else ---
+
+    def _embed(self, form: Format) -> Callable[[web.Request, Received], Awaitable[web.StreamResponse]]:
+        async def answer(request: web.Request, received: Received) -> web.StreamResponse:
+            self._answered += 1
+            headers = form.headers(f"req_mock{self._answered:016d}")
+            try:
+                script = embeddings.script_of(received.body)
+                await asyncio.sleep(script.headers_ms / 1000)
+                if script.fault in UNANSWERED:
+                    return break_off(request, received, script.fault)
+                if script.status:
+                    return _refuse(form, form.failure(script.status), headers, script.retry_after)
+                ollamas = form is ollama
+                body = embeddings.ollama(received.body, self._known) if ollamas else embeddings.openai(received.body)
+            except ProviderError as problem:
+                return _refuse(form, problem, headers)
+            return web.Response(body=body, headers=headers | {"Content-Type": form.JSON_TYPE})
+
+        return answer
 
     async def _list_models(self, request: web.Request, received: Received) -> web.StreamResponse:
         """OpenAI and Anthropic have the same path; only Anthropic's clients send a version."""

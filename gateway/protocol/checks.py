@@ -15,30 +15,41 @@ ROLES = frozenset({"developer", "system", "user", "assistant", "tool", "function
 
 def check_chat(fields: Mapping[str, Any]) -> None:
     """Raises InvalidRequest, naming the parameter."""
+    check_model(fields)
+    check_fields(fields, _FIELDS)
+    _check_messages(fields.get("messages"))
+    check_stream_options(fields)
+
+
+def check_model(fields: Mapping[str, Any]) -> None:
     model = fields.get("model")
     if not isinstance(model, str) or not model:
-        _refuse("model", "a non-empty string is required")
+        refuse("model", "a non-empty string is required")
     if len(model) > MAX_MODEL or not model.isprintable():
-        _refuse("model", f"at most {MAX_MODEL} printable characters")
-    _check_fields(fields)
-    _check_messages(fields.get("messages"))
+        refuse("model", f"at most {MAX_MODEL} printable characters")
+
+
+def check_stream_options(fields: Mapping[str, Any]) -> None:
     if fields.get("stream_options") is not None and not fields.get("stream"):
-        _refuse("stream_options", "only allowed when stream is true")
+        refuse("stream_options", "only allowed when stream is true")
 
 
-def _check_fields(fields: Mapping[str, Any]) -> None:
+Check = Callable[[str, Any], None]  # a field's name and its value, which is not null
+
+
+def check_fields(fields: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
     try:
         for name, value in fields.items():
-            if name in _FIELDS and value is not None:
-                _FIELDS[name](name, value)
+            if name in checks and value is not None:
+                checks[name](name, value)
     except InvalidRequest:
         # Of several wrong ones the first in our order is named, and not in the client's.
-        for name, check in _FIELDS.items():
+        for name, check in checks.items():
             if fields.get(name) is not None:
                 check(name, fields[name])
 
 
-def _refuse(param: str, problem: str) -> NoReturn:
+def refuse(param: str, problem: str) -> NoReturn:
     raise InvalidRequest(f"invalid {param}: {problem}", param=param)
 
 
@@ -47,112 +58,112 @@ def _refuse(param: str, problem: str) -> NoReturn:
 type_ = type
 
 
-def _number(low: float, high: float) -> Callable[[str, Any], None]:
+def number(low: float, high: float) -> Check:
     def check(name: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            _refuse(name, f"a number from {low:g} to {high:g} is required")
+            refuse(name, f"a number from {low:g} to {high:g} is required")
 
     return check
 
 
-def _integer(low: int, high: int = 2**53) -> Callable[[str, Any], None]:
+def integer(low: int, high: int = 2**53) -> Check:
     def check(name: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             upto = f" to {high}" if high < 2**53 else ""
-            _refuse(name, f"an integer from {low}{upto} is required")
+            refuse(name, f"an integer from {low}{upto} is required")
 
     return check
 
 
-def _is(kind: type_ | tuple[type_, ...], words: str) -> Callable[[str, Any], None]:
+def is_a(kind: type_ | tuple[type_, ...], words: str) -> Check:
     def check(name: str, value: Any) -> None:
         if not isinstance(value, kind):
-            _refuse(name, f"{words} is required")
+            refuse(name, f"{words} is required")
 
     return check
 
 
-def _user(name: str, value: Any) -> None:
+def user(name: str, value: Any) -> None:
     if not isinstance(value, str) or "\0" in value:
-        _refuse(name, "a string without NUL is required")
+        refuse(name, "a string without NUL is required")
 
 
-def _stop(name: str, value: Any) -> None:
+def stop(name: str, value: Any) -> None:
     if isinstance(value, str):
         return
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        _refuse(name, "a string or an array of strings is required")
+        refuse(name, "a string or an array of strings is required")
 
 
-def _stream_options(name: str, value: Any) -> None:
+def stream_options(name: str, value: Any) -> None:
     if not isinstance(value, dict):
-        _refuse(name, "an object is required")
+        refuse(name, "an object is required")
     wanted = value.get("include_usage")
     if wanted is not None and not isinstance(wanted, bool):
-        _refuse(f"{name}.include_usage", "a boolean is required")
+        refuse(f"{name}.include_usage", "a boolean is required")
 
 
 def _tools(name: str, value: Any) -> None:
     if not isinstance(value, list):
-        _refuse(name, "an array is required")
+        refuse(name, "an array is required")
     for index, tool in enumerate(value):
         where = f"{name}[{index}]"
         if not isinstance(tool, dict) or not isinstance(tool.get("type"), str):
-            _refuse(where, "an object with a type is required")
+            refuse(where, "an object with a type is required")
         if tool["type"] != "function":
             continue
         function = tool.get("function")
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            _refuse(f"{where}.function.name", "a non-empty string is required")
+            refuse(f"{where}.function.name", "a non-empty string is required")
         for field, kind, words in (("parameters", dict, "an object"), ("description", str, "a string")):
             if function.get(field) is not None and not isinstance(function[field], kind):
-                _refuse(f"{where}.function.{field}", f"{words} is required")
+                refuse(f"{where}.function.{field}", f"{words} is required")
 
 
 def _tool_choice(name: str, value: Any) -> None:
     if isinstance(value, dict):
         if not isinstance(value.get("type"), str):
-            _refuse(f"{name}.type", "a string is required")
+            refuse(f"{name}.type", "a string is required")
         if value["type"] == "function" and not (
             isinstance(value.get("function"), dict) and isinstance(value["function"].get("name"), str)
         ):
-            _refuse(f"{name}.function.name", "a string is required")
+            refuse(f"{name}.function.name", "a string is required")
     elif not isinstance(value, str):
-        _refuse(name, "a string or an object is required")
+        refuse(name, "a string or an object is required")
 
 
 def _response_format(name: str, value: Any) -> None:
     if not isinstance(value, dict) or not isinstance(value.get("type"), str):
-        _refuse(name, "an object with a type is required")
+        refuse(name, "an object with a type is required")
     if value["type"] == "json_schema":
         schema = value.get("json_schema")
         if not isinstance(schema, dict) or not isinstance(schema.get("schema", {}), dict):
-            _refuse(f"{name}.json_schema", "an object with a schema is required")
+            refuse(f"{name}.json_schema", "an object with a schema is required")
 
 
-_FIELDS: Mapping[str, Callable[[str, Any], None]] = {
-    "stream": _is(bool, "a boolean"),
-    "stream_options": _stream_options,
-    "max_tokens": _integer(1),
-    "max_completion_tokens": _integer(1),
-    "temperature": _number(0, 2),
-    "top_p": _number(0, 1),
-    "frequency_penalty": _number(-2, 2),
-    "presence_penalty": _number(-2, 2),
-    "n": _integer(1, 128),
-    "seed": _integer(-(2**63), 2**63),
-    "stop": _stop,
+_FIELDS: Mapping[str, Check] = {
+    "stream": is_a(bool, "a boolean"),
+    "stream_options": stream_options,
+    "max_tokens": integer(1),
+    "max_completion_tokens": integer(1),
+    "temperature": number(0, 2),
+    "top_p": number(0, 1),
+    "frequency_penalty": number(-2, 2),
+    "presence_penalty": number(-2, 2),
+    "n": integer(1, 128),
+    "seed": integer(-(2**63), 2**63),
+    "stop": stop,
     "tools": _tools,
     "tool_choice": _tool_choice,
-    "parallel_tool_calls": _is(bool, "a boolean"),
+    "parallel_tool_calls": is_a(bool, "a boolean"),
     "response_format": _response_format,
-    "reasoning_effort": _is(str, "a string"),
-    "logprobs": _is(bool, "a boolean"),
-    "top_logprobs": _integer(0, 20),
-    "logit_bias": _is(dict, "an object"),
-    "user": _user,
-    "metadata": _is(dict, "an object"),
-    "service_tier": _is(str, "a string"),
+    "reasoning_effort": is_a(str, "a string"),
+    "logprobs": is_a(bool, "a boolean"),
+    "top_logprobs": integer(0, 20),
+    "logit_bias": is_a(dict, "an object"),
+    "user": user,
+    "metadata": is_a(dict, "an object"),
+    "service_tier": is_a(str, "a string"),
 }
 
 # --- messages -----------------------------------------------------------------------------------------------------
@@ -160,7 +171,7 @@ _FIELDS: Mapping[str, Callable[[str, Any], None]] = {
 
 def _check_messages(messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
-        _refuse("messages", "a non-empty array is required")
+        refuse("messages", "a non-empty array is required")
     for index, message in enumerate(messages):
         if not _is_text(message):
             _check_message(f"messages[{index}]", message)
@@ -178,46 +189,46 @@ def _is_text(message: Any) -> bool:
 
 def _check_message(where: str, message: Any) -> None:
     if not isinstance(message, dict):
-        _refuse(where, "an object is required")
+        refuse(where, "an object is required")
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        _refuse(f"{where}.role", f"one of {', '.join(sorted(ROLES))} is required")
+        refuse(f"{where}.role", f"one of {', '.join(sorted(ROLES))} is required")
     content = message.get("content")
     if isinstance(content, list):
         for index, part in enumerate(content):
             _check_part(f"{where}.content[{index}]", part)
     elif content is None:
         if role not in ("assistant", "function"):
-            _refuse(f"{where}.content", "a string or an array of parts is required")
+            refuse(f"{where}.content", "a string or an array of parts is required")
     elif not isinstance(content, str):
-        _refuse(f"{where}.content", "a string or an array of parts is required")
+        refuse(f"{where}.content", "a string or an array of parts is required")
     if role == "tool" and not isinstance(message.get("tool_call_id"), str):
-        _refuse(f"{where}.tool_call_id", "a string is required")
+        refuse(f"{where}.tool_call_id", "a string is required")
     if message.get("tool_calls") is not None:
         _check_tool_calls(f"{where}.tool_calls", message["tool_calls"])
 
 
 def _check_part(where: str, part: Any) -> None:
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-        _refuse(where, "an object with a type is required")
+        refuse(where, "an object with a type is required")
     if part["type"] == "text" and not isinstance(part.get("text"), str):
-        _refuse(f"{where}.text", "a string is required")
+        refuse(f"{where}.text", "a string is required")
     if part["type"] == "image_url":
         image = part.get("image_url")
         if not isinstance(image, dict) or not isinstance(image.get("url"), str):
-            _refuse(f"{where}.image_url.url", "a string is required")
+            refuse(f"{where}.image_url.url", "a string is required")
 
 
 def _check_tool_calls(where: str, calls: Any) -> None:
     if not isinstance(calls, list):
-        _refuse(where, "an array is required")
+        refuse(where, "an array is required")
     for index, call in enumerate(calls):
         if not isinstance(call, dict) or not isinstance(call.get("id"), str):
-            _refuse(f"{where}[{index}].id", "a string is required")
+            refuse(f"{where}[{index}].id", "a string is required")
         function = call.get("function")
         if function is None:
             continue
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            _refuse(f"{where}[{index}].function.name", "a string is required")
+            refuse(f"{where}[{index}].function.name", "a string is required")
         if not isinstance(function.get("arguments"), str):
-            _refuse(f"{where}[{index}].function.arguments", "a string is required")
+            refuse(f"{where}[{index}].function.arguments", "a string is required")

@@ -79,6 +79,12 @@ class UnsupportedParameter(InvalidRequest):
     code = "unsupported_parameter"
 
 
+class UnsupportedEndpoint(InvalidRequest):
+    """The provider behind this model, or this path, has no such thing."""
+
+    code = "unsupported_endpoint"
+
+
 class Unauthenticated(GatewayError):
     status = 401
     type = "authentication_error"

@@ -30,19 +30,24 @@ class Meter:
         "_characters",
         "_completion_counted",
         "_cut",
+        "_framed",
         "_generated",
         "_pieces",
         "_prompt",
         "_prompt_counted",
         "_prompt_estimated",
+        "_prompt_tokens",
         "_seen",
         "bytes_out",
         "finish_reason",
         "usage",
     )
 
-    def __init__(self, prompt: Iterable[str]) -> None:
+    def __init__(self, prompt: Iterable[str], tokens: int = 0, *, framed: bool = True) -> None:
+        """`tokens` of the prompt came as such, beside its texts. `framed`: these are messages."""
         self._prompt = prompt  # read once, and only when it is needed
+        self._prompt_tokens = tokens
+        self._framed = framed
         self._prompt_estimated: int | None = None  # tokens
         self._prompt_counted: int | None = None  # tokens
         self._completion_counted: int | None = None  # tokens
@@ -98,7 +103,7 @@ class Meter:
         """Tokens of the prompt, as far as they can be told before the provider does: pictures are not in it."""
         if self._prompt_estimated is None:
             texts = self._prompt_texts()
-            self._prompt_estimated = sum(map(_estimate_text, texts)) + _frame(texts)
+            self._prompt_estimated = sum(map(_estimate_text, texts)) + self._beside(texts)
         return self._prompt_estimated
 
     def result(self) -> tuple[Usage, str]:
@@ -137,7 +142,11 @@ class Meter:
             # More than is kept: as many tokens a byte as what is.
             self._completion_counted = -(-kept * self.bytes_out // (len(self._generated) or 1))
         if usage.prompt_tokens is None:
-            self._prompt_counted = sum(counts) + _frame(counts)
+            self._prompt_counted = sum(counts) + self._beside(counts)
+
+    def _beside(self, texts: Sequence[object]) -> int:
+        """Tokens of the prompt that are in none of its texts."""
+        return self._prompt_tokens + (_frame(texts) if self._framed else 0)
 
     def _prompt_texts(self) -> Sequence[str]:
         if not isinstance(self._prompt, tuple):

@@ -46,6 +46,18 @@ class Price:
     tiers: tuple["Tier", ...] = ()  # for longer prompts, the shortest first
     since: date | None = None  # when the vendor began to ask it, where that is known
 
+    def to_openrouter(self) -> dict[str, str]:
+        """USD a token, in the words of https://openrouter.ai/docs/overview/models; what costs as much as its whole is
+        left out."""
+        prices = {"prompt": self.input, "completion": self.output}
+        parts = {
+            "input_cache_read": (self.cached_input, self.input),
+            "input_cache_write": (self.cache_write, self.input),
+            "internal_reasoning": (self.reasoning, self.output),
+        }
+        prices |= {name: part for name, (part, whole) in parts.items() if part != whole}
+        return {name: f"{Decimal(pico).scaleb(-12).normalize():f}" for name, pico in prices.items()}
+
     def for_prompt(self, tokens: int) -> "Price":
         """The price of a prompt of this length. Vendors charge all its tokens, and its answer, at the tier it is in.
 
@@ -161,6 +173,7 @@ class PriceRow(_Rates, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class _ShippedRow(PriceRow, frozen=True, forbid_unknown_fields=True, kw_only=True):
     since: date | None = None
     hours: tuple[time, time] | None = None  # UTC, from and before; a vendor's peak
+    context: int | None = None  # tokens of prompt and answer; known from the same source
 
 
 class _Shipped(msgspec.Struct, frozen=True, kw_only=True):
@@ -179,6 +192,7 @@ _ROWS = msgspec.json.Decoder(_ShippedRow | list[_ShippedRow] | str)
 class _Rate:
     price: Price
     hours: tuple[time, time] | None = None
+    context: int | None = None
 
     def stands(self, day: date, clock: time | None) -> bool:
         """In force on that day, at that time of it; without a time, at any."""
@@ -238,10 +252,15 @@ class PriceTable:
         day, clock = (at.date(), at.time()) if at else (self.as_of, None)
         return next((rate.price for rate in reversed(rates) if rate.stands(day, clock)), rates[0].price)
 
+    def context_length(self, provider: str, model: str) -> int | None:
+        """Tokens of prompt and answer together; None where nobody says it."""
+        return next((rate.context for rate in self._find_shipped(provider, model.lower()) if rate.context), None)
+
     def _find(self, provider: str, model: str) -> Sequence[_Rate]:
         name = model.lower()
-        if own := _look_up(self._own.get(provider, {}), name):
-            return own
+        return _look_up(self._own.get(provider, {}), name) or self._find_shipped(provider, name)
+
+    def _find_shipped(self, provider: str, name: str) -> Sequence[_Rate]:
         for vendor, theirs in _lists(provider, name):
             if text := _look_up(self._shipped.get(vendor, {}), theirs):
                 return self._read(vendor, text)
@@ -252,7 +271,7 @@ class PriceTable:
         if isinstance(rows, str):
             return self._read(vendor, self._shipped[vendor][rows])
         rows = rows if isinstance(rows, list) else [rows]
-        return tuple(_Rate(row.price(row.all_tiers(), row.since), row.hours) for row in rows)
+        return tuple(_Rate(row.price(row.all_tiers(), row.since), row.hours, row.context) for row in rows)
 
 
 def price_table(shipped: bytes, own: Mapping[str, Any] | None = None) -> PriceTable:

@@ -6,19 +6,26 @@ middle. The fields of a choice are joined as OpenAI's own SDK does it
 """
 
 import json
+from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import orjson
 from msgspec.structs import replace
 
-from gateway.protocol.chat import ChatRequest
 from gateway.protocol.json_object import edit_object, read_json
+from gateway.protocol.request import Kind, ModelRequest
 from gateway.protocol.sse import SSEDecoder
 
 _OF_CHUNK = frozenset({"choices", "object", "usage", "obfuscation"})  # of a chunk, and not of the answer's head
+# What an answer is called, and what its choices have before anything came. (Nobody streams an embedding.)
+_SHAPES: Mapping[Kind, tuple[str, Mapping[str, Any]]] = {
+    "chat": ("chat.completion", {"message": {}}),
+    "completion": ("text_completion", {"text": ""}),
+}
 
 
-def streamed(chat: ChatRequest, *, asks_usage: bool) -> ChatRequest:
+def streamed(chat: ModelRequest, *, asks_usage: bool) -> ModelRequest:
     """The same request for a stream, with its usage if the provider knows `stream_options`."""
     changes: dict[str, Any] = {"stream": True}
     if asks_usage:
@@ -30,7 +37,8 @@ def streamed(chat: ChatRequest, *, asks_usage: bool) -> ChatRequest:
 class Whole:
     """Takes what a stream's client would be sent."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Kind = "chat") -> None:
+        self._object, self._empty = _SHAPES[kind]
         self._decoder = SSEDecoder()
         self._head: dict[str, Any] = {}
         self._choices: dict[int, dict[str, Any]] = {}
@@ -58,10 +66,12 @@ class Whole:
                 self._add_choice(index if isinstance(index, int) else position, part)
 
     def _add_choice(self, index: int, part: dict[str, Any]) -> None:
-        choice = self._choices.setdefault(index, {"index": index, "message": {}, "logprobs": None})
+        choice = self._choices.setdefault(index, {"index": index, **deepcopy(self._empty), "logprobs": None})
         for name, value in part.items():
             if name == "delta" and isinstance(value, dict):
                 _join(choice["message"], value)
+            elif name == "text" and isinstance(value, str):
+                choice["text"] = choice.get("text", "") + value
             elif name == "logprobs" and isinstance(value, dict):
                 choice["logprobs"] = choice["logprobs"] or {}
                 _join(choice["logprobs"], value)
@@ -69,9 +79,9 @@ class Whole:
                 choice[name] = value
 
     def body(self) -> bytes:
-        """The chat completion, as JSON."""
+        """The answer, as JSON."""
         choices = [_finished(choice) for _, choice in sorted(self._choices.items())]
-        answer = {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage}
+        answer = {**self._head, "object": self._object, "choices": choices, "usage": self._usage}
         try:
             return orjson.dumps(answer)
         except TypeError:  # half an emoji, which orjson refuses and JSON allows
@@ -79,6 +89,8 @@ class Whole:
 
 
 def _finished(choice: dict[str, Any]) -> dict[str, Any]:
+    if "message" not in choice:
+        return choice
     message = {"role": "assistant", "content": None, **choice["message"]}
     calls = message.get("tool_calls")
     if isinstance(calls, list):

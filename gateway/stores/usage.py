@@ -52,7 +52,7 @@ class UsageRow:
 
 def row_of(exchange: Exchange) -> UsageRow:
     """The row of an exchange whose provider was called: nothing in it that Postgres would refuse."""
-    principal, chat, target, meter = exchange.principal, exchange.chat, exchange.target, exchange.meter
+    principal, chat, target, meter = exchange.principal, exchange.asked, exchange.target, exchange.meter
     assert principal is not None and chat is not None and target is not None and meter is not None
     usage, source = meter.result()
     prompt_tokens = _clamp(usage.prompt_tokens or 0, MAX_TOKENS)

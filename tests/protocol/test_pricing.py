@@ -388,7 +388,9 @@ def test_every_name_that_ships_is_found() -> None:
 @pytest.mark.parametrize("vendor", sorted(ROWS))
 def test_every_row_that_ships_is_sane(vendor: str) -> None:
     for name, row in _rows(vendor):
-        price = priced({"v": {"m": {key: row[key] for key in row if key not in ("since", "hours")}}}).price("v", "m")
+        price = priced({"v": {"m": {key: row[key] for key in row if key not in ("since", "hours", "context")}}}).price(
+            "v", "m"
+        )
         assert price is not None
         assert _sane(price), (vendor, name, price)
         assert ":free" in name or price.input > 0, (vendor, name)
@@ -397,6 +399,16 @@ def test_every_row_that_ships_is_sane(vendor: str) -> None:
         for cheaper, dearer in zip((price, *(tier.price for tier in price.tiers)), price.tiers, strict=False):
             assert cheaper.input <= dearer.price.input, (vendor, name)
             assert cheaper.output <= dearer.price.output, (vendor, name)
+
+
+def test_windows_that_ship_are_found_by_any_name_of_a_model_and_an_operators_price_hides_none() -> None:
+    assert TABLE.context_length("openai", "gpt-4o") == TABLE.context_length("azure", "gpt-4o-2024-08-06") == 128_000
+    own = priced({"openai": {"gpt-4o": {"input": 1, "output": 1}}})
+    assert own.context_length("openai", "gpt-4o") == 128_000
+    assert own.context_length("ollama", "llama3") is None
+    windows = [row["context"] for vendor in ROWS for _, row in _rows(vendor) if "context" in row]
+    assert len(windows) > 300
+    assert min(windows) > 100
 
 
 def _rows(vendor: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -13,11 +13,11 @@ from typing import Any
 import orjson
 import pytest
 
-from gateway.protocol.chat import Call, parse_chat, prompt_text
 from gateway.protocol.dialects import DIALECTS
 from gateway.protocol.errors import GatewayError, ProviderAuth, UpstreamRejected
 from gateway.protocol.json_object import edit_object
 from gateway.protocol.meter import Meter
+from gateway.protocol.request import Call, parse_chat, prompt_of
 from gateway.protocol.usage import Usage
 from tests.support.streams import Played, assemble, counts, in_pieces, load_cases, make_call, play
 
@@ -100,7 +100,7 @@ def requests() -> Iterator[bytes]:
         if row["kind"] == "chat" and row.get("request_file"):
             yield (RECORDINGS / row["request_file"]).read_bytes()
     for case in load_cases():
-        yield case.call().chat.body
+        yield case.call().asked.body
 
 
 # --- streams ------------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def check_stream(recording: Recording, *, wants_usage: bool) -> None:
 
 
 def metered(call: Call, played: Played) -> tuple[Usage, str]:
-    meter = Meter(prompt_text(call.chat))
+    meter = Meter(prompt_of(call.asked).texts)
     for chunk in played.chunks:
         meter.see(chunk.text, chunk.usage, chunk.finish_reason)
     return meter.result()
@@ -141,7 +141,7 @@ def check_reply(recording: Recording) -> None:
     assert reply.finish_reason == answer["choices"][-1]["finish_reason"]
     if recording.dialect == "openai":
         assert reply.body == recording.body
-    meter = Meter(prompt_text(call.chat))
+    meter = Meter(prompt_of(call.asked).texts)
     meter.see(reply.text, reply.usage, reply.finish_reason)
     check_usage(recording, *meter.result())
 

@@ -17,9 +17,9 @@ import orjson
 import pytest
 from openai.types.chat import ChatCompletionChunk
 
-from gateway.protocol.chat import Call, prompt_text
 from gateway.protocol.dialects import DIALECTS
 from gateway.protocol.meter import Meter
+from gateway.protocol.request import Call, prompt_of
 from gateway.protocol.usage import Usage
 from tests.support.streams import (
     Answer,
@@ -96,7 +96,7 @@ def test_the_meter_ends_with_the_usage_that_the_provider_gave(case: Case) -> Non
 @every_case
 def test_the_client_gets_the_usage_chunk_when_it_asked(case: Case) -> None:
     answer = read(case, play(case.call(), [case.data]))
-    if case.call().chat.wants_usage and not case.expect.get("error"):
+    if case.call().asked.wants_usage and not case.expect.get("error"):
         assert answer.usage is not None
         assert counts(answer.usage) == counts(case.expect["usage"])
 
@@ -281,11 +281,11 @@ def cut_everywhere(call: Call, data: bytes) -> None:
 def read(case: Case, played: Played) -> Answer:
     """The client's answer. Other servers' habits reach it verbatim in OpenAI's dialect, and in no other."""
     call = case.call()
-    return assemble(played.received, strict=case.dialect != "openai", wants_usage=call.chat.wants_usage)
+    return assemble(played.received, strict=case.dialect != "openai", wants_usage=call.asked.wants_usage)
 
 
 def metered(case: Case, played: Played) -> tuple[Usage, str]:
-    meter = Meter(prompt_text(case.call().chat))
+    meter = Meter(prompt_of(case.call().asked).texts)
     for chunk in played.chunks:
         meter.see(chunk.text, chunk.usage, chunk.finish_reason)
     return meter.result()

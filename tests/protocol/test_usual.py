@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.protocol.chat import Call, Chunk
 from gateway.protocol.dialects.anthropic import AnthropicTranslator
 from gateway.protocol.dialects.ollama import OllamaTranslator
 from gateway.protocol.dialects.openai import OpenAITranslator
 from gateway.protocol.errors import UpstreamError
+from gateway.protocol.request import Call, Chunk
 from gateway.protocol.sse import MAX_EVENT
 from gateway.protocol.usage import Usage
 from gateway.protocol.usual import MAX_LEARNED, PATIENCE, PROBE, Usual

@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 import pytest
 
-from gateway.protocol.chat import parse_chat
+from gateway.protocol.request import parse_chat
 from gateway.protocol.whole import Whole, streamed
 
 pytestmark = pytest.mark.unit

@@ -14,9 +14,9 @@ import pytest
 from rs_bpe.bpe import openai
 
 from gateway.exchange import Exchange, Principal
-from gateway.protocol.chat import ChatRequest
 from gateway.protocol.meter import Meter
 from gateway.protocol.pricing import Price
+from gateway.protocol.request import ModelRequest
 from gateway.protocol.routing import Provider, Target
 from gateway.protocol.usage import Usage
 from gateway.protocol.vocabulary import Vocabulary
@@ -77,7 +77,7 @@ def exchange(outcome: str = "client_abort", *, model: str = "gpt-4o", usage: Usa
     meter.see(ANSWER, usage, None)
     made = Exchange(
         principal=Principal("Key012345678", "aig_Key012345678", "a key", ALICE, "member"),
-        chat=ChatRequest(body=b"{}", fields={}, model="fast", stream=True, wants_usage=False),
+        asked=ModelRequest(body=b"{}", fields={}, model="fast", stream=True, wants_usage=False),
         target=Target(Provider(name="openai", dialect="openai", base_url="http://localhost/v1"), model),
         model="fast",
         reservation=Reserved(),

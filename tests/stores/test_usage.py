@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.exchange import Exchange, Principal, new_id
-from gateway.protocol.chat import ChatRequest
 from gateway.protocol.errors import Unavailable
 from gateway.protocol.meter import Meter
+from gateway.protocol.request import ModelRequest
 from gateway.protocol.routing import Provider, Target
 from gateway.protocol.usage import Usage
 from gateway.stores import stats as stats_module
@@ -68,7 +68,7 @@ def exchange(**changes: Any) -> Exchange:
         first_byte=started + 1,
         ended=started + 3,
         principal=Principal("Key012345678", "aig_Key012345678", "a key", ALICE, "member"),
-        chat=ChatRequest(body=b"{}", fields={}, model="fast", stream=True, wants_usage=False),
+        asked=ModelRequest(body=b"{}", fields={}, model="fast", stream=True, wants_usage=False),
         target=Target(Provider(name="openai", dialect="openai", base_url="http://localhost/v1"), "gpt-4o"),
         model="fast",
         meter=meter,

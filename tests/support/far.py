@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gateway.protocol.chat import UpstreamRequest
+from gateway.protocol.request import UpstreamRequest
 from gateway.protocol.routing import Provider, Target
 from gateway.settings import load_settings
 from gateway.upstream import Answer, Upstream

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from gateway.protocol.chat import Call, Chunk, parse_chat
 from gateway.protocol.dialects import DIALECTS
 from gateway.protocol.errors import UpstreamError
+from gateway.protocol.request import Call, Chunk, parse_chat
 from gateway.protocol.routing import Provider, Target
 
 STREAMS = Path(__file__).parent.parent / "streams"

@@ -6,8 +6,7 @@ from typing import Any
 import orjson
 import pytest
 
-from gateway.protocol.chat import Chunk
-from gateway.protocol.dialects.anthropic import AnthropicTranslator, model_names
+from gateway.protocol.dialects.anthropic import AnthropicTranslator, models_listed
 from gateway.protocol.errors import (
     EventTooLarge,
     ProviderAuth,
@@ -19,6 +18,7 @@ from gateway.protocol.errors import (
     UpstreamTruncated,
 )
 from gateway.protocol.meter import Meter
+from gateway.protocol.request import Chunk
 from gateway.protocol.sse import DONE, MAX_EVENT, PING
 from gateway.protocol.usage import Usage
 from tests.support.streams import assemble, make_call
@@ -797,14 +797,14 @@ def test_an_error_that_is_a_string_is_read_and_a_long_one_is_cut() -> None:
 # --- models -------------------------------------------------------------------------------------------------------
 
 
-def test_model_names_are_read_from_the_list_of_models() -> None:
+def test_models_listed_are_read_from_the_list_of_models() -> None:
     listed = {"data": [{"type": "model", "id": "claude-a"}, {"id": "claude-b"}, {"id": 5}, "x"], "has_more": False}
-    assert model_names(listed) == ["claude-a", "claude-b"]
+    assert [model.name for model in models_listed(listed)] == ["claude-a", "claude-b"]
 
 
 @pytest.mark.parametrize("parsed", [None, [], {}, {"data": 5}, "x"])
 def test_no_model_is_read_from_anything_else(parsed: Any) -> None:
-    assert model_names(parsed) == []
+    assert models_listed(parsed) == []
 
 
 def test_a_strict_client_reads_the_whole_of_a_stream() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import orjson
 import pytest
 
-from gateway.protocol.chat import parse_chat
 from gateway.protocol.dialects.anthropic.models import traits_of
 from gateway.protocol.dialects.anthropic.names import legal_name
 from gateway.protocol.dialects.anthropic.request import messages_body
@@ -16,6 +15,7 @@ from gateway.protocol.dialects.anthropic.schema import plain_schema
 from gateway.protocol.dialects.anthropic.thinking import MAX_TOKENS_UNSTREAMED
 from gateway.protocol.dialects.anthropic.tools import offered_tools
 from gateway.protocol.errors import InvalidRequest, UnsupportedParameter
+from gateway.protocol.request import parse_chat
 
 pytestmark = pytest.mark.unit
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.protocol.dialects.ollama import OllamaTranslator, model_names
+from gateway.protocol.dialects.ollama import OllamaTranslator, models_listed
 from gateway.protocol.errors import (
     EventTooLarge,
     GatewayError,
@@ -477,7 +477,7 @@ def test_no_error_answer_breaks_the_translator(status: int, body: bytes) -> None
 # --- models -------------------------------------------------------------------------------------------------------
 
 
-def test_model_names_are_those_of_the_local_models() -> None:
+def test_models_listed_are_those_of_the_local_models() -> None:
     models = [
         {"name": "llama3:latest", "model": "llama3:latest"},
         {"name": 5},
@@ -486,9 +486,9 @@ def test_model_names_are_those_of_the_local_models() -> None:
         {"name": ""},
         {"name": "qwen3"},
     ]
-    assert model_names({"models": models}) == ["llama3:latest", "qwen3"]
+    assert [model.name for model in models_listed({"models": models})] == ["llama3:latest", "qwen3"]
 
 
 @pytest.mark.parametrize("parsed", [None, [], {}, {"models": None}, {"models": {}}, "x"])
 def test_an_answer_without_models_has_no_names(parsed: Any) -> None:
-    assert model_names(parsed) == []
+    assert models_listed(parsed) == []

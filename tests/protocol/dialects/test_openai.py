@@ -7,8 +7,7 @@ from typing import Any
 import orjson
 import pytest
 
-from gateway.protocol.chat import Chunk
-from gateway.protocol.dialects.openai import OpenAITranslator, model_names
+from gateway.protocol.dialects.openai import OpenAITranslator, models_listed
 from gateway.protocol.errors import (
     EventTooLarge,
     GatewayError,
@@ -21,6 +20,7 @@ from gateway.protocol.errors import (
     UpstreamTruncated,
 )
 from gateway.protocol.refusals import HIDDEN
+from gateway.protocol.request import Chunk
 from gateway.protocol.sse import DONE, MAX_EVENT, data_event
 from gateway.protocol.usage import Usage
 from tests.support.streams import make_call, play
@@ -789,5 +789,11 @@ def test_what_a_failing_provider_says_in_json_is_passed_on() -> None:
         ("x", []),
     ],
 )
-def test_model_names_are_the_ids_of_the_list(parsed: Any, names: list[str]) -> None:
-    assert list(model_names(parsed)) == names
+def test_models_listed_are_the_ids_of_the_list(parsed: Any, names: list[str]) -> None:
+    assert [model.name for model in models_listed(parsed)] == names
+
+
+@pytest.mark.parametrize("field", ["context_length", "context_window", "max_context_length", "max_model_len"])
+def test_a_context_window_is_read_by_each_of_its_names(field: str) -> None:
+    rows = [{"id": "a", field: 8192}, {"id": "b", field: "8192"}, {"id": "c", field: 0}, {"id": "d", field: True}]
+    assert [model.context_length for model in models_listed({"data": rows})] == [8192, None, None, None]

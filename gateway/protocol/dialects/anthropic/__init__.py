@@ -1,6 +1,6 @@
 """Anthropic's Messages API behind an OpenAI chat."""
 
-from gateway.protocol.dialects.anthropic.models import model_names
+from gateway.protocol.dialects.anthropic.models import models_listed
 from gateway.protocol.dialects.anthropic.translator import AnthropicTranslator
 
-__all__ = ["AnthropicTranslator", "model_names"]
+__all__ = ["AnthropicTranslator", "models_listed"]

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.protocol.chat import Call
 from gateway.protocol.dialects.anthropic.objects import Json, dump, json_object, text_of
 from gateway.protocol.dialects.anthropic.tools import Tool
+from gateway.protocol.request import Call
 
 REASONING_FORMAT = "anthropic-claude-v1"  # OpenRouter's name for signatures and data that only Anthropic can read
 

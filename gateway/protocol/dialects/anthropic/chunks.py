@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 
-from gateway.protocol.chat import Call, Chunk
 from gateway.protocol.dialects.anthropic.answer import ToolCall, encrypted, envelope, finish_reason, signed
 from gateway.protocol.dialects.anthropic.counts import is_whole
 from gateway.protocol.dialects.anthropic.objects import Json, dump
 from gateway.protocol.dialects.anthropic.tools import Tool
 from gateway.protocol.errors import EventTooLarge
+from gateway.protocol.request import Call, Chunk
 from gateway.protocol.sse import DONE, MAX_EVENT, data_event
 from gateway.protocol.usage import Usage
 
@@ -138,7 +138,7 @@ class Chunks:
         self.out.append(Chunk(data, usage=usage, finish_reason=self.finish_reason))
 
     def end(self, usage: Usage | None) -> None:
-        if self._call.chat.wants_usage and is_whole(usage):
+        if self._call.asked.wants_usage and is_whole(usage):
             self.out.append(Chunk(self._event([], usage), usage=usage))
         self.out.append(Chunk(DONE))
 
@@ -155,7 +155,7 @@ class Chunks:
 
     def _event(self, choices: list[Json], usage: Usage | None = None) -> bytes:
         chunk = envelope(self._call, "chat.completion.chunk", self.model, choices)
-        if self._call.chat.wants_usage:
+        if self._call.asked.wants_usage:
             chunk["usage"] = usage.to_openai() if usage is not None else None
         return data_event(dump(chunk))
 

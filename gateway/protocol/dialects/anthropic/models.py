@@ -1,9 +1,11 @@
-"""What each model takes, and the names in the provider's list of models."""
+"""What each model takes, and the provider's list of models."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from gateway.protocol.request import Listed
 
 # Never: it cannot. Budget: `enabled`, with a number of tokens. The others are adaptive: off until asked for, on until
 # disabled, and on whatever the request says.
@@ -73,9 +75,9 @@ def traits_of(model: str) -> Traits:
     return next((traits for names, traits in _TABLE if names.fullmatch(model)), _NEWER)
 
 
-def model_names(parsed: Any) -> list[str]:
-    """The names in an answer of `GET /v1/models`."""
+def models_listed(parsed: Any) -> list[Listed]:
+    """The models in an answer of `GET /v1/models`."""
     rows = parsed.get("data") if isinstance(parsed, dict) else None
     if not isinstance(rows, list):
         return []
-    return [row["id"] for row in rows if isinstance(row, dict) and isinstance(row.get("id"), str)]
+    return [Listed(row["id"]) for row in rows if isinstance(row, dict) and isinstance(row.get("id"), str)]

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 
-from gateway.protocol.chat import Call, Reply
 from gateway.protocol.dialects.anthropic.answer import ToolCall, encrypted, envelope, finish_reason, signed
 from gateway.protocol.dialects.anthropic.counts import Counts, is_whole
 from gateway.protocol.dialects.anthropic.objects import Json, dump, json_object, object_of, text_of
 from gateway.protocol.dialects.anthropic.tools import Tool
 from gateway.protocol.errors import UpstreamBadBody
 from gateway.protocol.refusals import reported
+from gateway.protocol.request import Call, Reply
 
 
 def read_reply(call: Call, tools: Mapping[str, Tool], body: bytes) -> Reply:

@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from gateway.protocol.chat import ChatRequest
 from gateway.protocol.dialects.anthropic.errors import unsupported
 from gateway.protocol.dialects.anthropic.messages import system_and_turns
 from gateway.protocol.dialects.anthropic.models import Traits, traits_of
@@ -20,11 +19,12 @@ from gateway.protocol.dialects.anthropic.schema import output_format, wants_json
 from gateway.protocol.dialects.anthropic.thinking import max_tokens, set_thinking, thinks
 from gateway.protocol.dialects.anthropic.tools import tools_and_choice
 from gateway.protocol.errors import InvalidRequest
+from gateway.protocol.request import ModelRequest
 
 _JSON_INSTRUCTION = "Answer with one valid JSON object and nothing else: no prose before or after it, no code fence."
 
 
-def messages_body(chat: ChatRequest, model: str) -> Json:
+def messages_body(chat: ModelRequest, model: str) -> Json:
     """The body of `POST /v1/messages`. Raises InvalidRequest or UnsupportedParameter, naming the parameter."""
     fields, traits = chat.fields, traits_of(model)
     _refuse_what_has_no_counterpart(fields)

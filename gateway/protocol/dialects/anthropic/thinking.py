@@ -3,18 +3,18 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gateway.protocol.chat import ChatRequest
 from gateway.protocol.dialects.anthropic.errors import unsupported
 from gateway.protocol.dialects.anthropic.models import Traits
 from gateway.protocol.dialects.anthropic.objects import Json
 from gateway.protocol.errors import InvalidRequest
+from gateway.protocol.request import ModelRequest
 
 # Without a stream an answer of more tokens may take longer than ten minutes; Anthropic's SDKs refuse to ask for it
 # (https://github.com/anthropics/anthropic-sdk-python, `_calculate_nonstreaming_timeout`: 3600 s for 128,000 tokens).
 MAX_TOKENS_UNSTREAMED = 21_333
 
 
-def max_tokens(chat: ChatRequest, traits: Traits) -> int:
+def max_tokens(chat: ModelRequest, traits: Traits) -> int:
     given = given_max_tokens(chat.fields)
     if given is None:
         return traits.default if chat.stream else min(traits.default, MAX_TOKENS_UNSTREAMED)

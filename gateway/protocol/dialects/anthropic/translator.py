@@ -10,7 +10,6 @@ from typing import Any
 
 import orjson
 
-from gateway.protocol.chat import Call, Chunk, Reply, UpstreamRequest, text_chunk
 from gateway.protocol.dialects.anthropic.chunks import Chunks, Frame
 from gateway.protocol.dialects.anthropic.counts import Counts
 from gateway.protocol.dialects.anthropic.objects import Json, dump, index_of, json_object, object_of, text_of
@@ -19,6 +18,7 @@ from gateway.protocol.dialects.anthropic.request import messages_body
 from gateway.protocol.dialects.anthropic.tools import offered_tools
 from gateway.protocol.errors import EventTooLarge, UpstreamBadBody, UpstreamError, UpstreamTruncated
 from gateway.protocol.refusals import refusal, reported
+from gateway.protocol.request import Call, Chunk, Reply, UpstreamRequest, text_chunk
 from gateway.protocol.sse import MAX_EVENT, PING, Event, SSEDecoder, decode_event
 from gateway.protocol.usage import Usage
 from gateway.protocol.usual import Usual
@@ -33,7 +33,7 @@ class AnthropicTranslator:
 
     def __init__(self, call: Call) -> None:
         self._call = call
-        self._tools = offered_tools(call.chat.fields)
+        self._tools = offered_tools(call.asked.fields)
         self._decoder = SSEDecoder()
         self._chunks = Chunks(call, self._tools)
         self._usual = Usual()  # the last delta, if nothing but deltas like it came since
@@ -45,7 +45,7 @@ class AnthropicTranslator:
         self._counts = Counts()
 
     def request(self) -> UpstreamRequest:
-        return UpstreamRequest("/v1/messages", dump(messages_body(self._call.chat, self._call.target.model)))
+        return UpstreamRequest("/v1/messages", dump(messages_body(self._call.asked, self._call.target.model)))
 
     @property
     def done(self) -> bool:

@@ -1,5 +1,7 @@
-"""Ollama's native chat API behind an OpenAI chat."""
+"""Ollama's native API behind OpenAI's."""
 
-from gateway.protocol.dialects.ollama.translator import OllamaTranslator, model_names
+from gateway.protocol.dialects.ollama.completion import CompletionTranslator
+from gateway.protocol.dialects.ollama.embedding import EmbeddingTranslator
+from gateway.protocol.dialects.ollama.translator import OllamaTranslator, models_listed
 
-__all__ = ["OllamaTranslator", "model_names"]
+__all__ = ["CompletionTranslator", "EmbeddingTranslator", "OllamaTranslator", "models_listed"]

@@ -1,4 +1,4 @@
-"""An OpenAI chat request in the words of Ollama's /api/chat (https://github.com/ollama/ollama/blob/main/docs/api.md).
+"""An OpenAI request in the words of Ollama's API (https://github.com/ollama/ollama/blob/main/docs/api.md).
 
 A field is mapped, refused or dropped. Refused, naming the parameter, is what Ollama cannot do and what would change the
 answer; all that is not named here is a hint (`user`, `metadata`, `verbosity`, `prompt_cache_key` …) and is dropped.
@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 
 import orjson
 
-from gateway.protocol.chat import ChatRequest
 from gateway.protocol.errors import InvalidRequest, UnsupportedParameter
+from gateway.protocol.request import ModelRequest
 
 # Ollama's options (https://github.com/ollama/ollama/blob/main/docs/modelfile.md#valid-parameters-and-values) by the
 # client's name for them. The last four are no parameters of OpenAI's; Ollama checks their values itself.
@@ -55,7 +55,7 @@ _UNSUPPORTED: Mapping[str, Callable[[Any], bool]] = {
 _NO_PARAMETERS = {"type": "object", "properties": {}}  # some templates fail without any
 
 
-def build_body(chat: ChatRequest, model: str) -> bytes:
+def build_body(chat: ModelRequest, model: str) -> bytes:
     """The body to send. Raises InvalidRequest naming the parameter that Ollama cannot take."""
     fields = chat.fields
     for name, unsupported in _UNSUPPORTED.items():
@@ -71,6 +71,35 @@ def build_body(chat: ChatRequest, model: str) -> bytes:
         "think": _think(fields.get("reasoning_effort")),
         "logprobs": fields.get("logprobs") or None,
         "top_logprobs": fields.get("top_logprobs") if fields.get("logprobs") else None,
+        "keep_alive": fields.get("keep_alive"),
+    }
+    return orjson.dumps({name: value for name, value in body.items() if value is not None})
+
+
+# As above, of a completion. One prompt, one answer; logprobs have another form there.
+_NOT_GENERATED: Mapping[str, Callable[[Any], bool]] = {
+    "n": lambda value: value != 1,
+    "best_of": lambda value: value not in (0, 1),
+    "echo": bool,
+    "logprobs": lambda value: True,
+    "logit_bias": bool,
+    "prompt": lambda value: not isinstance(value, str) and not (len(value) == 1 and isinstance(value[0], str)),
+}
+
+
+def generate_body(asked: ModelRequest, model: str) -> bytes:
+    """The body of a completion for /api/generate. Raises InvalidRequest naming the parameter that it cannot take."""
+    fields = asked.fields
+    for name, unsupported in _NOT_GENERATED.items():
+        if fields.get(name) is not None and unsupported(fields[name]):
+            _refuse(name, "Ollama takes one text, and gives one" if name == "prompt" else "Ollama has no such thing")
+    prompt = fields["prompt"]
+    body = {
+        "model": model,
+        "prompt": prompt if isinstance(prompt, str) else prompt[0],
+        "suffix": fields.get("suffix"),
+        "stream": asked.stream,  # absent means true
+        "options": _options(fields) or None,
         "keep_alive": fields.get("keep_alive"),
     }
     return orjson.dumps({name: value for name, value in body.items() if value is not None})

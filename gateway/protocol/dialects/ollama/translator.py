@@ -11,11 +11,10 @@ shows it; when Ollama counted nothing at all, the client gets no usage.
 
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from typing import Any
+from typing import Any, ClassVar
 
 import orjson
 
-from gateway.protocol.chat import Call, Chunk, Reply, UpstreamRequest, text_chunk
 from gateway.protocol.dialects.ollama.lines import (
     UNREADABLE,
     NotOllamaError,
@@ -35,6 +34,7 @@ from gateway.protocol.errors import (
     UpstreamTruncated,
 )
 from gateway.protocol.refusals import refusal, reported
+from gateway.protocol.request import Call, Chunk, Listed, Reply, UpstreamRequest, text_chunk
 from gateway.protocol.sse import DONE, MAX_EVENT, data_event
 from gateway.protocol.usage import Usage
 from gateway.protocol.usual import Usual
@@ -47,6 +47,11 @@ _NOTHING = Said("", "", "", (), None)
 class OllamaTranslator:
     """One upstream attempt. `feed` never raises: what went wrong is kept, `done` turns true and `flush` raises it."""
 
+    # Where a completion, which is read by a class of its own, differs in the client's chunks.
+    chunk = "chat.completion.chunk"
+    delta = b'"delta":'
+    nothing: ClassVar[Any] = {}
+
     def __init__(self, call: Call) -> None:
         self._call = call
         self._buffer = bytearray()  # the line that is still coming
@@ -56,10 +61,10 @@ class OllamaTranslator:
         self._started = False  # the role was sent
         self._done = False
         self._error: GatewayError | None = None
-        self._head = dumps(self._constant("chat.completion.chunk"))[:-1] + b',"choices":['
-        self._tail = b'],"usage":null}' if call.chat.wants_usage else b"]}"
+        self._head = dumps(self._constant(self.chunk))[:-1] + b',"choices":['
+        self._tail = b'],"usage":null}' if call.asked.wants_usage else b"]}"
         # Around the delta of nearly every event: rendered once.
-        self._before = b"data: " + self._head + b'{"index":0,"delta":'
+        self._before = b"data: " + self._head + b'{"index":0,' + self.delta
         self._after = b',"logprobs":null,"finish_reason":null}' + self._tail + b"\n\n"
         self._usual = Usual()
         self._frame: tuple[bytes, bytes] = (b"", b"")  # the client's event around the text of a usual line
@@ -69,7 +74,7 @@ class OllamaTranslator:
         return self._done
 
     def request(self) -> UpstreamRequest:
-        return UpstreamRequest("/api/chat", build_body(self._call.chat, self._call.target.model))
+        return UpstreamRequest("/api/chat", build_body(self._call.asked, self._call.target.model))
 
     # --- a stream ---
 
@@ -175,13 +180,13 @@ class OllamaTranslator:
         return Chunk(b"".join(events), said.text)
 
     def _last_chunk(self, line: Mapping[str, Any], said: Said) -> Chunk:
-        finish_reason, usage = self._finish_reason(line), _usage(line)
+        finish_reason, usage = self._finish_reason(line), usage_of(line)
         data = self._chunk(said).data + self._end(finish_reason, usage)
         return Chunk(data, said.text, usage, finish_reason)
 
     def _end(self, finish_reason: str, usage: Usage | None) -> bytes:
-        events = [self._event({}, finish_reason)]
-        if usage is not None and self._call.chat.wants_usage:
+        events = [self._event(self.nothing, finish_reason)]
+        if usage is not None and self._call.asked.wants_usage:
             events.append(data_event(self._head + b'],"usage":' + dumps(usage.to_openai()) + b"}"))
         return b"".join([*events, DONE])
 
@@ -189,8 +194,8 @@ class OllamaTranslator:
         return self._before + dumps(delta) + self._after
 
     def _event(self, delta: Any, finish_reason: str | None = None, logprobs: Any = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return data_event(self._head + dumps(choice) + self._tail)
+        rest = dumps({"logprobs": logprobs, "finish_reason": finish_reason})
+        return data_event(self._head + b'{"index":0,' + self.delta + dumps(delta) + b"," + rest[1:] + self._tail)
 
     def _fail(self, error: GatewayError) -> None:
         self._error, self._done = error, True
@@ -218,7 +223,7 @@ class OllamaTranslator:
             message["reasoning_content"] = said.thinking
         if said.tool_calls:
             message.update(content=said.content or None, tool_calls=said.tool_calls)
-        finish_reason, usage = self._finish_reason(answer), _usage(answer)
+        finish_reason, usage = self._finish_reason(answer), usage_of(answer)
         choice = {"index": 0, "message": message, "logprobs": said.logprobs, "finish_reason": finish_reason}
         completion = {**self._constant("chat.completion"), "choices": [choice]}
         if usage is not None:
@@ -257,9 +262,7 @@ class OllamaTranslator:
         return {"id": given, "type": "function", "function": {"name": name, "arguments": arguments}}
 
     def _finish_reason(self, line: Mapping[str, Any]) -> str:
-        if self._tool_calls:
-            return "tool_calls"  # Ollama says `stop`
-        return "length" if line.get("done_reason") == "length" else "stop"
+        return "tool_calls" if self._tool_calls else finish_reason_of(line)  # Ollama says `stop`
 
     # --- errors ---
 
@@ -271,14 +274,18 @@ class OllamaTranslator:
         return refusal(status, said, self._call.target, retry_after)
 
 
-def model_names(parsed: Any) -> Sequence[str]:
+def models_listed(parsed: Any) -> Sequence[Listed]:
     """From the answer of `GET /api/tags`."""
     rows = parsed.get("models") if isinstance(parsed, dict) else None
     names = [row.get("name") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    return [name for name in names if isinstance(name, str) and name]
+    return [Listed(name) for name in names if isinstance(name, str) and name]
 
 
-def _usage(line: Mapping[str, Any]) -> Usage | None:
+def finish_reason_of(line: Mapping[str, Any]) -> str:
+    return "length" if line.get("done_reason") == "length" else "stop"
+
+
+def usage_of(line: Mapping[str, Any]) -> Usage | None:
     """The counts of the last line. Ollama leaves a 0 out, and older servers count a prompt that was cached as 0."""
     prompt = line.get("prompt_eval_count")
     cached = line.get("prompt_eval_cached_count") if prompt else None  # part of the prompt's count

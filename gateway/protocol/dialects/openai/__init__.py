@@ -1,6 +1,7 @@
 """OpenAI's own dialect, and that of every server that speaks it."""
 
-from gateway.protocol.dialects.openai.reading import model_names
-from gateway.protocol.dialects.openai.translator import OpenAITranslator
+from gateway.protocol.dialects.openai.embedding import EmbeddingTranslator
+from gateway.protocol.dialects.openai.reading import models_listed
+from gateway.protocol.dialects.openai.translator import COMPLETION, OpenAITranslator
 
-__all__ = ["OpenAITranslator", "model_names"]
+__all__ = ["COMPLETION", "EmbeddingTranslator", "OpenAITranslator", "models_listed"]

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gateway.protocol.json_object import read_json
+from gateway.protocol.request import Listed
 from gateway.protocol.usage import Usage
 
 # A chunk without choices that has one of these is more than the usage chunk we asked for: OpenAI's moderation, Azure's
@@ -12,11 +13,19 @@ from gateway.protocol.usage import Usage
 _MORE_THAN_USAGE = ("moderation", "prompt_filter_results", "citations", "search_results")
 
 
-def model_names(parsed: Any) -> Sequence[str]:
+# OpenRouter and Together, Groq, Mistral, vLLM. OpenAI says nothing of it.
+_WINDOWS = ("context_length", "context_window", "max_context_length", "max_model_len")
+
+
+def models_listed(parsed: Any) -> Sequence[Listed]:
     """From the answer of `GET /models`; Together answers with the bare list."""
     rows = parsed.get("data") if isinstance(parsed, dict) else parsed
-    names = [row.get("id") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    return [name for name in names if isinstance(name, str) and name]
+    models = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return [Listed(name, _window(row)) for row in models if isinstance(name := row.get("id"), str) and name]
+
+
+def _window(row: Mapping[str, Any]) -> int | None:
+    return next((tokens for name in _WINDOWS if type(tokens := row.get(name)) is int and tokens > 0), None)
 
 
 def json_or_text(data: bytes) -> Any:
@@ -68,12 +77,14 @@ def is_usage_alone(parsed: Mapping[str, Any]) -> bool:
 
 
 def text_of(choices: Iterable[Mapping[str, Any]], part: str) -> str:
-    """All that the model wrote in the choices' `delta` or `message`."""
+    """All that the model wrote in the choices' `delta`, `message` or `text`."""
     texts: list[str] = []
     for choice in choices:
         message = choice.get(part)
         if isinstance(message, dict):
             _add_texts(message, texts)
+        elif part == "text" and isinstance(message, str):
+            texts.append(message)
     return "".join(texts)
 
 

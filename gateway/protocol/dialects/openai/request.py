@@ -1,4 +1,4 @@
-"""A chat request as a server of OpenAI's dialect takes it: the client's bytes, but where the provider differs.
+"""A request as a server of OpenAI's dialect takes it: the client's bytes, but where the provider differs.
 
 What a vendor does differently is in its Provider, field by field; this is the only place that reads these fields.
 """
@@ -10,29 +10,31 @@ from typing import Any
 
 import orjson
 
-from gateway.protocol.chat import Call, UpstreamRequest
 from gateway.protocol.json_object import edit_object
+from gateway.protocol.request import Call, UpstreamRequest
 from gateway.protocol.routing import Provider
 
 _ALPHANUMERIC = re.compile(r"[A-Za-z0-9]+")
 _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
-def request(call: Call) -> UpstreamRequest:
-    chat, provider = call.chat, call.target.provider
+def request(call: Call, path: str) -> UpstreamRequest:
+    asked, provider = call.asked, call.target.provider
     changes: dict[str, Any] = {}
-    if call.target.model != chat.model:
+    if call.target.model != asked.model:
         changes["model"] = call.target.model
-    if chat.stream and provider.asks_usage and not chat.wants_usage:
-        options = chat.fields.get("stream_options") or {}
+    if asked.stream and provider.asks_usage and not asked.wants_usage:
+        options = asked.fields.get("stream_options") or {}
         changes["stream_options"] = {**options, "include_usage": True}
-    if (provider.roles or provider.tool_id_length) and (messages := _messages(chat.messages, provider)) is not None:
+    if asked.kind != "chat":  # what a vendor does differently is of chat
+        return UpstreamRequest(path, edit_object(asked.body, changes, asked.fields) if changes else asked.body)
+    if (provider.roles or provider.tool_id_length) and (messages := _messages(asked.messages, provider)) is not None:
         changes["messages"] = messages
-    if (provider.renames or provider.drops) and (fields := _renamed(chat.fields, provider)) is not None:
+    if (provider.renames or provider.drops) and (fields := _renamed(asked.fields, provider)) is not None:
         body = orjson.dumps({**fields, **changes})
     else:
-        body = edit_object(chat.body, changes, chat.fields) if changes else chat.body
-    return UpstreamRequest("/chat/completions", body)
+        body = edit_object(asked.body, changes, asked.fields) if changes else asked.body
+    return UpstreamRequest(path, body)
 
 
 def _renamed(fields: Mapping[str, Any], provider: Provider) -> dict[str, Any] | None:

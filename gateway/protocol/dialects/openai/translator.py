@@ -1,4 +1,4 @@
-"""OpenAI's chat completions, and every server that speaks them: the provider's bytes pass as they are.
+"""OpenAI's completions, of chats and of bare prompts, from every server that speaks them: its bytes pass as they are.
 
 We read beside them: what the model wrote, usage, finish reasons, errors. Only four things are not passed on: an event
 that breaks a client's parser, an error (the relay sends one of ours), a usage chunk that the client did not ask for,
@@ -9,11 +9,10 @@ Source: https://platform.openai.com/docs/api-reference/chat-streaming; where ano
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
-from gateway.protocol.chat import Call, Chunk, Reply, UpstreamRequest, text_chunk
 from gateway.protocol.dialects.openai.reading import (
     choices_of,
     dump,
@@ -34,6 +33,7 @@ from gateway.protocol.errors import (
 )
 from gateway.protocol.json_object import read_json
 from gateway.protocol.refusals import refusal, reported
+from gateway.protocol.request import Call, Chunk, Reply, UpstreamRequest, text_chunk
 from gateway.protocol.sse import DONE, MAX_EVENT, Event, SSEDecoder, data_event, decode_event
 from gateway.protocol.usage import Usage
 from gateway.protocol.usual import PROBE, Path, Usual
@@ -44,7 +44,7 @@ _BOM = b"\xef\xbb\xbf"
 _LAST_WORD = b"[DONE]"
 # Where the text of a usual event stands: nine of ten have all of it in one of these.
 _DELTA: Path = ("choices", 0, "delta")
-_TEXTS: tuple[Path, ...] = (
+_CHAT_TEXTS: tuple[Path, ...] = (
     (*_DELTA, "content"),
     (*_DELTA, "reasoning_content"),
     (*_DELTA, "reasoning"),
@@ -57,11 +57,33 @@ _BESIDE: tuple[Path, ...] = (("obfuscation",), ("p",), (*_DELTA, "reasoning_deta
 _HEAD = ("id", "created", "model", "service_tier", "system_fingerprint")  # the same in all chunks of a stream
 
 
+class _Form(NamedTuple):
+    """Where chat completions and completions differ."""
+
+    path: str
+    name: str  # of the whole answer, for people
+    chunk: str  # a chunk's `object`
+    delta: str  # what the model wrote, in a choice of a chunk
+    message: str  # and in one of a whole answer
+    nothing: Any  # the delta of a choice that says no more
+    texts: tuple[Path, ...]
+
+
+CHAT = _Form(
+    "/chat/completions", "a chat completion", "chat.completion.chunk", "delta", "message", {}, _CHAT_TEXTS
+)  # fmt: skip
+# https://platform.openai.com/docs/api-reference/completions
+COMPLETION = _Form(
+    "/completions", "a completion", "text_completion", "text", "text", "", (("choices", 0, "text"),)
+)  # fmt: skip
+
+
 class OpenAITranslator:
     """One upstream attempt. `feed` never raises: what went wrong is kept, `done` turns true and `flush` raises it."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, form: _Form = CHAT) -> None:
         self._call = call
+        self._form = form
         self._decoder = SSEDecoder()
         self._choices: dict[int, bool] = {}  # every index seen: has it its finish reason?
         self._latest: dict[str, Any] = {}  # the last chunk that came, as far as its head is concerned
@@ -77,7 +99,7 @@ class OpenAITranslator:
         return self._done
 
     def request(self) -> UpstreamRequest:
-        return request(self._call)
+        return request(self._call, self._form.path)
 
     # --- a stream ---
 
@@ -115,16 +137,21 @@ class OpenAITranslator:
         events = []
         if not self._choices:
             self._choices[0] = False
-            events.append(self._made(_choice(0, {"role": "assistant", "content": ""})))
-        events += [self._made(_choice(index, {}, "length")) for index, ended in self._choices.items() if not ended]
-        if self._call.chat.wants_usage and not self._usage_sent:
+            if self._form is CHAT:
+                events.append(self._made(self._choice(0, {"role": "assistant", "content": ""})))
+        open_ = [index for index, ended in self._choices.items() if not ended]
+        events += [self._made(self._choice(index, self._form.nothing, "length")) for index in open_]
+        if self._call.asked.wants_usage and not self._usage_sent:
             events.append(self._made(usage=usage))
         return b"".join([*events, DONE])
 
+    def _choice(self, index: int, delta: Any, finish_reason: str | None = None) -> dict[str, Any]:
+        return {"index": index, self._form.delta: delta, "logprobs": None, "finish_reason": finish_reason}
+
     def _made(self, *choices: dict[str, Any], usage: Usage | None = None) -> bytes:
         """The event of a chunk of ours, with the head of the provider's."""
-        chunk = {**_head(self._latest, self._call), "choices": choices}
-        if self._call.chat.wants_usage:
+        chunk = {**_head(self._latest, self._call, self._form.chunk), "choices": choices}
+        if self._call.asked.wants_usage:
             chunk["usage"] = usage.to_openai() if usage is not None else None
         return data_event(dump(chunk).encode("utf-8", "backslashreplace"))  # JSON's own escape for half an emoji
 
@@ -163,11 +190,11 @@ class OpenAITranslator:
         choices = choices_of(parsed)
         usage = usage_of(parsed)
         if not choices:
-            if not self._call.chat.wants_usage and is_usage_alone(parsed):
+            if not self._call.asked.wants_usage and is_usage_alone(parsed):
                 return Chunk(b"", usage=usage)
             self._usage_sent = self._usage_sent or usage is not None
         self._latest = parsed
-        finish_reason, text = None, text_of(choices, "delta")
+        finish_reason, text = None, text_of(choices, self._form.delta)
         for position, choice in enumerate(choices):
             index = choice.get("index")
             index = index if isinstance(index, int) else position  # some servers leave it out, or null
@@ -180,7 +207,7 @@ class OpenAITranslator:
 
     def _learn(self, raw: bytes, parsed: dict[str, Any], text: str) -> None:
         """A usual event is a chunk of text and no more, whose text is that of one string, whatever that is."""
-        path = next((path for path in _TEXTS if _string(parsed, path) == text), None)
+        path = next((path for path in self._form.texts if _string(parsed, path) == text), None)
         if path is None:
             return
         other = next((path for path in _BESIDE if _string(parsed, path) is not None), None)
@@ -188,7 +215,7 @@ class OpenAITranslator:
         if meaning is None:
             return
         self._usual_head = {name: meaning.get(name) for name in _HEAD}
-        if text_of(choices_of(meaning), "delta") != PROBE:
+        if text_of(choices_of(meaning), self._form.delta) != PROBE:
             self._usual.forget()
 
     def _take_rest(self) -> list[Chunk]:
@@ -203,7 +230,7 @@ class OpenAITranslator:
         return [chunk] if chunk is not None else []
 
     def _whole(self) -> bool:
-        expected = self._call.chat.fields.get("n") or 1
+        expected = self._call.asked.fields.get("n") or 1
         return len(self._choices) >= expected and all(self._choices.values())
 
     def _drop(self) -> None:
@@ -228,10 +255,10 @@ class OpenAITranslator:
         if (error := error_in(parsed)) is not None:
             raise self._reported(error)
         if not isinstance(parsed, dict) or not isinstance(parsed.get("choices"), list):
-            raise UpstreamBadBody("the provider's answer is not a chat completion")
+            raise UpstreamBadBody(f"the provider's answer is not {self._form.name}")
         choices = choices_of(parsed)
         reasons = [reason for choice in choices if (reason := finish_reason_of(choice))]
-        return Reply(body, text_of(choices, "message"), usage_of(parsed), reasons[-1] if reasons else None)
+        return Reply(body, text_of(choices, self._form.message), usage_of(parsed), reasons[-1] if reasons else None)
 
     # --- errors ---
 
@@ -260,12 +287,8 @@ def _sendable(event: Event) -> bytes:
     return data_event(event.data.replace(b"\n", b" "))
 
 
-def _head(latest: Mapping[str, Any], call: Call) -> dict[str, Any]:
+def _head(latest: Mapping[str, Any], call: Call, chunk: str) -> dict[str, Any]:
     """What a chunk of ours begins with: as in the provider's `latest`, and the call's own where that says nothing."""
-    own = {"id": call.completion_id, "object": "chat.completion.chunk", "created": call.created}
+    own = {"id": call.completion_id, "object": chunk, "created": call.created}
     said = {name: value for name in _HEAD if isinstance(value := latest.get(name), str | int | float) and value}
     return {**own, "model": call.target.model, **said}
-
-
-def _choice(index: int, delta: Mapping[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}

@@ -1,14 +1,15 @@
-"""A chat request as the client sent it, and what a dialect promises to make of it."""
+"""A request to a model as the client sent it, and what a dialect promises to make of it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import orjson
 from msgspec import Struct
 
 from gateway.protocol.checks import check_chat
 from gateway.protocol.errors import GatewayError
+from gateway.protocol.inputs import check_completion, check_embedding, texts_and_tokens
 from gateway.protocol.json_object import parse_object
 from gateway.protocol.routing import Target
 from gateway.protocol.usage import Usage
@@ -21,7 +22,10 @@ PARSE_HERE = 1 << 17
 _OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens")
 
 
-class ChatRequest(Struct, frozen=True, gc=False):
+Kind = Literal["chat", "completion", "embedding"]  # of requests to a model
+
+
+class ModelRequest(Struct, frozen=True, gc=False):
     """`fields` is the parsed `body`; both say the same, because duplicate keys were refused."""
 
     body: bytes
@@ -29,6 +33,7 @@ class ChatRequest(Struct, frozen=True, gc=False):
     model: str
     stream: bool
     wants_usage: bool  # the client asked for the usage chunk of a stream
+    kind: Kind = "chat"
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -39,9 +44,9 @@ class ChatRequest(Struct, frozen=True, gc=False):
 class Call(Struct, frozen=True, gc=False):
     """One upstream attempt: all that a translator may know. No clock and no ids are made further down."""
 
-    chat: ChatRequest
+    asked: ModelRequest
     target: Target
-    completion_id: str  # `chatcmpl-…`, for dialects whose own ids are not OpenAI's
+    completion_id: str  # `chatcmpl-…` or `cmpl-…`, for dialects whose own ids are not OpenAI's
     created: int  # seconds since the epoch
 
 
@@ -74,6 +79,13 @@ class Reply(NamedTuple):
     text: str = ""
     usage: Usage | None = None
     finish_reason: str | None = None
+
+
+class Listed(NamedTuple):
+    """A model as its provider lists it."""
+
+    name: str
+    context_length: int | None = None  # tokens of prompt and answer; None: it does not say
 
 
 class Translator(Protocol):
@@ -116,39 +128,77 @@ class Translator(Protocol):
 # --- reading a body -----------------------------------------------------------------------------------------------
 
 
-def parse_chat(body: bytes) -> ChatRequest:
+def parse_chat(body: bytes) -> ModelRequest:
     """A checked request. Raises InvalidJSON or InvalidRequest, naming the parameter."""
     fields = parse_object(body)
     check_chat(fields)
+    return _checked(body, fields, "chat")
+
+
+def parse_completion(body: bytes) -> ModelRequest:
+    """As `parse_chat`."""
+    fields = parse_object(body)
+    check_completion(fields)
+    return _checked(body, fields, "completion")
+
+
+def parse_embedding(body: bytes) -> ModelRequest:
+    """As `parse_chat`."""
+    fields = parse_object(body)
+    check_embedding(fields)
+    return ModelRequest(body, fields, fields["model"], stream=False, wants_usage=False, kind="embedding")
+
+
+def _checked(body: bytes, fields: Mapping[str, Any], kind: Kind) -> ModelRequest:
     options = fields.get("stream_options")
-    return ChatRequest(
+    return ModelRequest(
         body=body,
         fields=fields,
         model=fields["model"],
         stream=fields.get("stream") or False,
         wants_usage=bool(options and options.get("include_usage")),
+        kind=kind,
     )
 
 
 # --- how long the answer may be -----------------------------------------------------------------------------------
 
 
-def max_output(chat: ChatRequest) -> int | None:
+def max_output(asked: ModelRequest) -> int | None:
     """Tokens that all choices together may have at most; None when the request does not say."""
-    given = [limit for name in _OUTPUT_LIMITS if (limit := chat.fields.get(name)) is not None]
-    return min(given) * _choices(chat) if given else None
+    if asked.kind == "embedding":
+        return 0
+    given = [limit for name in _OUTPUT_LIMITS if (limit := asked.fields.get(name)) is not None]
+    return min(given) * _choices(asked) if given else None
 
 
-def _choices(chat: ChatRequest) -> int:
-    return chat.fields.get("n") or 1
+def _choices(asked: ModelRequest) -> int:
+    """How many are generated: of a completion's `best_of` all, and only the best are sent."""
+    fields = asked.fields
+    return max(fields.get("n") or 1, (asked.kind == "completion" and fields.get("best_of")) or 1)
 
 
 # --- the prompt ---------------------------------------------------------------------------------------------------
 
 
-def prompt_text(chat: ChatRequest) -> Iterator[str]:
-    """All text of the prompt, tool definitions included: what is counted when the provider gives no usage."""
-    for message in chat.messages:
+class Prompt(NamedTuple):
+    """What is counted when the provider gives no usage."""
+
+    texts: Iterator[str]
+    tokens: int = 0  # of what came as tokens
+    messages: bool = True  # each text is framed as a message, and the answer too
+
+
+def prompt_of(asked: ModelRequest) -> Prompt:
+    """All text of the prompt, tool definitions included."""
+    if asked.kind == "chat":
+        return Prompt(_chat_texts(asked))
+    texts, tokens = texts_and_tokens(asked.fields["input" if asked.kind == "embedding" else "prompt"])
+    return Prompt(texts, tokens, messages=False)
+
+
+def _chat_texts(asked: ModelRequest) -> Iterator[str]:
+    for message in asked.messages:
         content = message.get("content")
         if isinstance(content, str):
             yield content
@@ -160,5 +210,5 @@ def prompt_text(chat: ChatRequest) -> Iterator[str]:
             function = call.get("function") or {}
             yield function.get("name", "")
             yield function.get("arguments", "")
-    if tools := chat.fields.get("tools"):
+    if tools := asked.fields.get("tools"):
         yield orjson.dumps(tools).decode()

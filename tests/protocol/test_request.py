@@ -5,16 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.protocol.chat import ChatRequest, max_output, parse_chat, prompt_text
 from gateway.protocol.errors import InvalidJSON, InvalidRequest
 from gateway.protocol.json_object import MAX_DEPTH, edit_object, parse_object
+from gateway.protocol.request import ModelRequest, max_output, parse_chat, prompt_of
 
 pytestmark = pytest.mark.unit
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
-def chat(**fields: Any) -> ChatRequest:
+def chat(**fields: Any) -> ModelRequest:
     return parse_chat(orjson.dumps({"model": "gpt-4o", "messages": HELLO, **fields}))
 
 
@@ -29,7 +29,7 @@ def refusal(**fields: Any) -> InvalidRequest:
 
 def test_a_plain_request_is_read() -> None:
     body = b'{"model": "gpt-4o", "messages": [{"role": "user", "content": "Hello"}]}'
-    assert parse_chat(body) == ChatRequest(
+    assert parse_chat(body) == ModelRequest(
         body=body, fields={"model": "gpt-4o", "messages": HELLO}, model="gpt-4o", stream=False, wants_usage=False
     )
 
@@ -277,7 +277,7 @@ def test_all_text_of_the_prompt_is_counted() -> None:
         ],
         tools=[{"type": "function", "function": {"name": "six"}}],
     )
-    text = [piece for piece in prompt_text(request) if piece]
+    text = [piece for piece in prompt_of(request).texts if piece]
     assert text == ["one", "two", "three", "four", "five", '[{"type":"function","function":{"name":"six"}}]']
 
 

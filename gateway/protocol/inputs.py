@@ -1,0 +1,111 @@
+"""What a completion and an embedding request may hold, beside what they share with chat.
+
+Source: the OpenAI API's `CreateCompletionRequest` and `CreateEmbeddingRequest`
+(https://github.com/openai/openai-openapi). A field that is not named here passes to OpenAI-shaped providers as it is.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from gateway.protocol.checks import (
+    Check,
+    check_fields,
+    check_model,
+    check_stream_options,
+    integer,
+    is_a,
+    number,
+    refuse,
+    stop,
+    stream_options,
+    user,
+)
+
+MAX_INPUTS = 2048  # of one embedding request, https://platform.openai.com/docs/api-reference/embeddings/create
+
+_WORDS = "a non-empty string, an array of strings, an array of tokens or an array of such arrays is required"
+
+
+def check_completion(fields: Mapping[str, Any]) -> None:
+    """Raises InvalidRequest, naming the parameter."""
+    check_model(fields)
+    check_fields(fields, _COMPLETION)
+    _check_input("prompt", fields.get("prompt"), may_be_empty=True)
+    if (fields.get("best_of") or 1) > 1 and fields.get("stream"):
+        refuse("best_of", "its results cannot be streamed")
+    check_stream_options(fields)
+
+
+def check_embedding(fields: Mapping[str, Any]) -> None:
+    """Raises InvalidRequest, naming the parameter."""
+    check_model(fields)
+    check_fields(fields, _EMBEDDING)
+    _check_input("input", fields.get("input"))
+    if isinstance(fields["input"], list) and not _is_token(fields["input"][0]) and len(fields["input"]) > MAX_INPUTS:
+        refuse("input", f"at most {MAX_INPUTS} inputs")
+
+
+def _format(name: str, value: Any) -> None:
+    if value not in ("float", "base64"):
+        refuse(name, "float or base64 is required")
+
+
+_COMPLETION: Mapping[str, Check] = {
+    "stream": is_a(bool, "a boolean"),
+    "stream_options": stream_options,
+    "max_tokens": integer(0),
+    "temperature": number(0, 2),
+    "top_p": number(0, 1),
+    "frequency_penalty": number(-2, 2),
+    "presence_penalty": number(-2, 2),
+    "n": integer(1, 128),
+    "best_of": integer(0, 20),
+    "logprobs": integer(0, 5),
+    "echo": is_a(bool, "a boolean"),
+    "suffix": is_a(str, "a string"),
+    "seed": integer(-(2**63), 2**63),
+    "stop": stop,
+    "logit_bias": is_a(dict, "an object"),
+    "user": user,
+}
+
+_EMBEDDING: Mapping[str, Check] = {
+    "dimensions": integer(1),
+    "encoding_format": _format,
+    "user": user,
+}
+
+
+# --- a prompt, or what is embedded ----------------------------------------------------------------------------------
+
+
+def _check_input(name: str, value: Any, *, may_be_empty: bool = False) -> None:
+    if isinstance(value, str):
+        if not value and not may_be_empty:
+            refuse(name, _WORDS)
+        return
+    if not isinstance(value, list) or not value:
+        refuse(name, _WORDS)
+    kinds = {_kind(item) for item in value}
+    if len(kinds) != 1 or "" in kinds or ("" in value and not may_be_empty):
+        refuse(name, _WORDS)
+
+
+def _kind(item: Any) -> str:
+    """Empty for what is none of those that an array may hold."""
+    if isinstance(item, str):
+        return "text"
+    if _is_token(item):
+        return "token"
+    return "tokens" if isinstance(item, list) and item and all(map(_is_token, item)) else ""
+
+
+def _is_token(item: Any) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool) and item >= 0
+
+
+def texts_and_tokens(value: Any) -> tuple[Iterator[str], int]:
+    """What of a checked input is text, and how many tokens the rest of it is."""
+    items = value if isinstance(value, list) else [value]
+    tokens = sum(len(item) if isinstance(item, list) else 1 for item in items if not isinstance(item, str))
+    return (item for item in items if isinstance(item, str)), tokens
