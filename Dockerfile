@@ -47,7 +47,7 @@ USER 10001
 WORKDIR /var/lib/ai-gateway
 VOLUME /var/lib/ai-gateway
 EXPOSE 3000
-# Open streams go on for GATEWAY_DRAIN_TIMEOUT, 110 seconds, after this signal: give the container 120 to stop.
+# Open streams go on for GATEWAY_DRAIN_TIMEOUT, 110 seconds, after this signal, and last rows take up to 21: give the container 135.
 STOPSIGNAL SIGTERM
 # By a socket: an HTTP client takes three times the CPU to import, and may ask a proxy.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 CMD ["python", "-ISc", \
