@@ -17,9 +17,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import resources
 from time import monotonic
-from typing import Literal
+from typing import Any, Literal
 
 from redis.asyncio import Redis
+from redis.asyncio.connection import RedisSSLContext, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError
@@ -48,7 +49,22 @@ def connect_redis(url: str) -> Redis:
     client: Redis = Redis.from_url(
         url, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=1.0, socket_connect_timeout=TIMEOUT
     )
+    pool = client.connection_pool
+    if issubclass(pool.connection_class, SSLConnection):
+        pool.connection_class = _sharing(pool.make_connection().ssl_context)  # type: ignore[no-untyped-call]
     return client
+
+
+def _sharing(context: RedisSSLContext) -> type[SSLConnection]:
+    """By itself each connection reads the system's authorities anew: 40 ms of the loop, of the 100 that it may take."""
+    context.get()
+
+    class Sharing(SSLConnection):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.ssl_context = context
+
+    return Sharing
 
 
 # --- what Redis is asked ------------------------------------------------------------------------------------------
