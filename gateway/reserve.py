@@ -9,7 +9,14 @@ from aiohttp import web
 
 from gateway.appkeys import BUDGETS, METRICS, PRICES, root
 from gateway.exchange import Exchange
-from gateway.protocol.errors import GatewayError, PermissionDenied, QuotaExhausted, RateLimited, Unavailable
+from gateway.protocol.errors import (
+    GatewayError,
+    InvalidRequest,
+    PermissionDenied,
+    QuotaExhausted,
+    RateLimited,
+    Unavailable,
+)
 from gateway.protocol.meter import Meter
 from gateway.protocol.request import PARSE_HERE, ModelRequest, max_output
 from gateway.protocol.routing import Target
@@ -39,6 +46,9 @@ async def reserve(request: web.Request, exchange: Exchange, target: Target, mete
         exchange.reservation.settle(0, 0)
         if exchange.meter is not None:  # so its row, if nobody else can be asked, says the same
             exchange.meter.usage = Usage(0, 0)
+    if asked.kind == "completion" and (asked.fields.get("best_of") or 1) > 1:
+        # It cannot be streamed, so it cannot be ended in the middle; what is not the best is never seen.
+        raise InvalidRequest("best_of: unsupported with a budget", param="best_of", code="unsupported_parameter")
     large = len(asked.body) > PARSE_HERE
     prompt_tokens = await asyncio.to_thread(meter.prompt_estimate) if large else meter.prompt_estimate()
     most = max_output(asked)

@@ -106,6 +106,8 @@ def _is_token(item: Any) -> bool:
 
 def texts_and_tokens(value: Any) -> tuple[Iterator[str], int]:
     """What of a checked input is text, and how many tokens the rest of it is."""
-    items = value if isinstance(value, list) else [value]
-    tokens = sum(len(item) if isinstance(item, list) else 1 for item in items if not isinstance(item, str))
-    return (item for item in items if isinstance(item, str)), tokens
+    if isinstance(value, str):
+        return iter((value,)), 0
+    if isinstance(value[0], str):  # all are of one kind
+        return iter(value), 0
+    return iter(()), sum(map(len, value)) if isinstance(value[0], list) else len(value)

@@ -102,6 +102,15 @@ async def test_a_whole_completion_under_a_budget_is_put_together_from_a_stream(g
     assert budgeted.object == "text_completion"
 
 
+async def test_best_of_cannot_be_held_to_a_budget(gateway: Gateway) -> None:
+    """It cannot be streamed, so it cannot be ended in the middle."""
+    key = await gateway.new_key(tokens_per_day=1000)
+    async with AsyncOpenAI(base_url=gateway.base_url, api_key=key, max_retries=0) as client:
+        with pytest.raises(openai.BadRequestError, match="best_of"):
+            await client.completions.create(model=MODELS["openai"], prompt="a", best_of=20, max_tokens=4000)
+    assert gateway.calls == []
+
+
 # --- embeddings ---------------------------------------------------------------------------------------------------
 
 

@@ -138,6 +138,13 @@ def test_tokens_of_a_prompt_are_counted_as_they_are_and_a_bare_prompt_has_no_fra
     assert estimate(prompt="abcdefg") == 2
 
 
+def test_the_tokens_of_a_large_input_are_counted_without_a_look_at_each() -> None:
+    prompt = prompt_of(parse_embedding(b'{"model":"m","input":[' + b",".join([b"1"] * 100_000) + b"]}"))
+    assert (prompt.tokens, list(prompt.texts)) == (100_000, [])
+    prompt = prompt_of(parse_embedding(b'{"model":"m","input":[[1,2],[3]]}'))
+    assert (prompt.tokens, list(prompt.texts)) == (3, [])
+
+
 def test_all_that_is_generated_may_be_billed() -> None:
     assert max_output(parse_completion(orjson.dumps({**ASKED, "stream": False, "best_of": 4, "n": 2}))) == 120
     assert max_output(parse_embedding(b'{"model": "m", "input": "a"}')) == 0
