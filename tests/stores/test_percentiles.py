@@ -201,11 +201,12 @@ async def test_many_rows_are_sampled_evenly_and_it_is_said(
         found.append(await read_latency(filled, scope, "30d"))
     exact, sampled = found
     assert (exact.sampled, sampled.sampled) == (False, True)
-    assert [point.start for point in sampled.points] == [point.start for point in exact.points]
+    theirs = {point.start: point for point in sampled.points}
+    inner = exact.points[1:-1]  # of the ends' steps there is but a part, in which no window may be
+    assert {point.start for point in inner} <= theirs.keys() <= {point.start for point in exact.points}
     counts = [sum(point.requests for point in one.points) for one in found]
     assert counts[1] == pytest.approx(counts[0], rel=0.06)
-    pairs = list(zip(exact.points, sampled.points, strict=True))[1:-1]  # of the ends' steps there is but a part
-    off = [theirs.latency_ms.p95 / ours.latency_ms.p95 - 1 for ours, theirs in pairs]
+    off = [theirs[ours.start].latency_ms.p95 / ours.latency_ms.p95 - 1 for ours in inner]
     assert abs(median(off)) < 0.15, "by chance as often too much as too little"
     figure(f"percentiles of a fifth of {rows} rows ({asker}): p95 is {100 * median(map(abs, off)):.1f} % off (median)")
 
