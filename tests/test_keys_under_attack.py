@@ -116,21 +116,23 @@ async def test_a_hundred_and_twenty_bad_keys_at_once_leave_a_good_one_its_pace(
 
 
 async def test_a_bad_key_costs_microseconds(gateway: Gateway, argon2: list[str], figure: Figure) -> None:
-    """CPU of this process, beside that of a key that is known, and of Argon2id."""
+    """CPU of this process, beside that of Argon2id: a known key's is a difference of two figures as large as itself."""
     keys, good = gateway.app[appkeys.KEYS], gateway.api_key
     await keys.verify(good)
     argon2.clear()
     known = await cpu_each([good] * 3000, keys.verify)
     kinds = {name: await cpu_each([make(good) for _ in range(3000)], keys.verify) for name, make in WRONG.items()}
     assert argon2 == []
-    phc = passwords.KEY_HASHER.hash("x")
-    started = time.process_time()
-    passwords.matches(passwords.KEY_HASHER, phc, "y")
-    hashed = time.process_time() - started
+    phc, costs = passwords.KEY_HASHER.hash("x"), []
+    for _ in range(5):
+        started = time.process_time()
+        passwords.matches(passwords.KEY_HASHER, phc, "y")
+        costs.append(time.process_time() - started)
+    hashed = statistics.median(costs)
     words = ", ".join(f"{name} {seconds * 1e6:.0f} µs" for name, seconds in kinds.items())
     figure(f"P8 CPU of a bad key: {words}; of a known key {known * 1e6:.1f} µs, of Argon2id {hashed * 1e3:.0f} ms")
-    assert kinds["mistyped"] < 25 * known
-    assert max(kinds.values()) < 50 * known
+    assert kinds["mistyped"] < hashed / 400
+    assert max(kinds.values()) < hashed / 200
 
 
 async def cpu_each(tokens: list[str], verify: Callable[[str], Awaitable[object]]) -> float:
