@@ -109,14 +109,14 @@ NEEDS_NGINX = PATH="$$PATH:/usr/sbin" command -v nginx > /dev/null || { $(call A
 
 # Node comes in a wheel; the npm SDK is installed by its own lock. curl is the one program taken from the machine.
 .venv/.test: requirements-test.lock requirements-infra.lock tests/acceptance/node/package-lock.json .venv/.run
-	@echo "Installing the tests' dependencies into .venv (half a minute, once)."
+	@echo "Installing the tests' dependencies into .venv (two minutes, once)."
 	$(PIP) --require-hashes -r requirements-test.lock
 	@# In an environment of their own: checkov wants other versions of half of the rest.
 	test -x .venv/infra/bin/python || $(BIN)/python -m venv .venv/infra
 	.venv/infra/bin/python -m pip --disable-pip-version-check --no-input install --quiet --require-hashes -r requirements-infra.lock
 	cd tests/acceptance/node && PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --silent --no-audit --no-fund
 	@command -v curl > /dev/null || { $(call APT,curl); } || { echo "curl is needed for the tests: please install it."; exit 1; }
-	@$(NEEDS_NGINX)
+	@($(NEEDS_NGINX)) || echo "Without it the tests of restarts behind it will be skipped."
 	@$(NEEDS_CHROMIUM)
 	@$(NEEDS_PROMETHEUS)
 	@touch $@
