@@ -167,6 +167,14 @@ def test_vendors_take_no_name_from_a_local_server_until_their_key_is_set() -> No
         answers(known, "gpt-4o")
 
 
+def test_what_embeds_is_openais_by_its_names_and_ollamas_by_all_others() -> None:
+    known = routes({"OPENAI_API_KEY": "k", "OLLAMA_BASE_URL": "http://localhost:11434"})
+    for name in ("text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002", "babbage-002"):
+        assert answers(known, name) == [[f"openai/{name}"]]
+    for name in ("nomic-embed-text", "mxbai-embed-large", "bge-m3:567m", "text-embedding-nomic-embed-text-v1.5"):
+        assert answers(known, name) == [[f"ollama/{name}"]]
+
+
 def test_every_vendor_that_ships_is_data_alone() -> None:
     """No branch of the code knows a vendor: names of dialects are compared with dialects, and nothing else is."""
     vendors = tomllib.loads((ROOT / "gateway" / "providers.toml").read_text())["providers"].keys()

@@ -4,7 +4,7 @@ Source: the OpenAI API's `CreateCompletionRequest` and `CreateEmbeddingRequest`
 (https://github.com/openai/openai-openapi). A field that is not named here passes to OpenAI-shaped providers as it is.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gateway.protocol.checks import (
@@ -21,7 +21,10 @@ from gateway.protocol.checks import (
     user,
 )
 
-MAX_INPUTS = 2048  # of one embedding request, https://platform.openai.com/docs/api-reference/embeddings/create
+MAX_INPUTS = 2048  # of one request, https://platform.openai.com/docs/api-reference/embeddings/create
+# That come as such in one request: three times what OpenAI embeds at once, and more than any model's window. A larger
+# array is work for us and for nobody else.
+MAX_TOKENS = 1 << 20
 
 _WORDS = "a non-empty string, an array of strings, an array of tokens or an array of such arrays is required"
 
@@ -41,8 +44,6 @@ def check_embedding(fields: Mapping[str, Any]) -> None:
     check_model(fields)
     check_fields(fields, _EMBEDDING)
     _check_input("input", fields.get("input"))
-    if isinstance(fields["input"], list) and not _is_token(fields["input"][0]) and len(fields["input"]) > MAX_INPUTS:
-        refuse("input", f"at most {MAX_INPUTS} inputs")
 
 
 def _format(name: str, value: Any) -> None:
@@ -86,22 +87,24 @@ def _check_input(name: str, value: Any, *, may_be_empty: bool = False) -> None:
         return
     if not isinstance(value, list) or not value:
         refuse(name, _WORDS)
-    kinds = {_kind(item) for item in value}
-    if len(kinds) != 1 or "" in kinds or ("" in value and not may_be_empty):
+    if isinstance(value[0], int):
+        _check_tokens(name, [value])
+        return
+    if len(value) > MAX_INPUTS:
+        refuse(name, f"at most {MAX_INPUTS} inputs")
+    kinds = set(map(type, value))
+    if kinds == {list}:
+        _check_tokens(name, value)
+    elif kinds != {str} or ("" in value and not may_be_empty):
         refuse(name, _WORDS)
 
 
-def _kind(item: Any) -> str:
-    """Empty for what is none of those that an array may hold."""
-    if isinstance(item, str):
-        return "text"
-    if _is_token(item):
-        return "token"
-    return "tokens" if isinstance(item, list) and item and all(map(_is_token, item)) else ""
-
-
-def _is_token(item: Any) -> bool:
-    return isinstance(item, int) and not isinstance(item, bool) and item >= 0
+def _check_tokens(name: str, inputs: Sequence[Sequence[Any]]) -> None:
+    """Counted before they are looked at, and looked at by C, in a fifth of the time that Python takes."""
+    if sum(map(len, inputs)) > MAX_TOKENS:
+        refuse(name, f"at most {MAX_TOKENS} tokens")
+    if not all(set(map(type, tokens)) == {int} and min(tokens) >= 0 for tokens in inputs):
+        refuse(name, _WORDS)
 
 
 def texts_and_tokens(value: Any) -> tuple[Iterator[str], int]:
