@@ -104,6 +104,17 @@ class Answer:
     def _header(self, field: bytes) -> str:
         return "" if self._head is None else self._head.get(field)
 
+    def field(self, name: str) -> str:
+        """A header that may be passed on; "" when there is none, or it is not printable ASCII."""
+        value = self._header(b"\r\n%b:" % name.lower().encode())
+        return value if value.isascii() and value.isprintable() else ""
+
+    @property
+    def length(self) -> int | None:
+        """Bytes of the body, as `read` gives them; None: the provider does not say."""
+        declared = self._header(b"\r\ncontent-length:")
+        return int(declared) if declared and self._inflater is None else None
+
     @property
     def content_type(self) -> str:
         """Without parameters, in lower case."""

@@ -4,7 +4,7 @@ import asyncio
 import ctypes
 import gc
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,19 @@ from gateway.connection import Connections
 from gateway.databases import close_database, connect_database, open_redis, patiently
 from gateway.embedded import open_database
 from gateway.exchange import Budget
-from gateway.handlers import accounts, chat, dashboard, health, live, models, sessions, stats
+from gateway.handlers import (
+    accounts,
+    cache,
+    chat,
+    dashboard,
+    health,
+    live,
+    models,
+    passthrough,
+    sessions,
+    stats,
+    streams,
+)
 from gateway.metrics import Metrics
 from gateway.pressure import Pressure
 from gateway.protocol.errors import Unavailable
@@ -34,12 +46,16 @@ from gateway.pulse import Pulse
 from gateway.reload import show_health
 from gateway.revocation import end_revoked
 from gateway.settings import Settings, SettingsError
+from gateway.sharing import SHARING, Sharing
 from gateway.stores.accounts import AccountStore
+from gateway.stores.answers import Answers
+from gateway.stores.belongings import Belongings
 from gateway.stores.budgets import Budgets
 from gateway.stores.chain import load_audit_key
 from gateway.stores.copy import UsageCopy
 from gateway.stores.grants import Rates
 from gateway.stores.journal import Journal
+from gateway.stores.keeper import Keeper
 from gateway.stores.key_limits import MICROS
 from gateway.stores.key_rows import read_proofs
 from gateway.stores.keys import KeyStore
@@ -51,6 +67,7 @@ from gateway.stores.script import RedisScript
 from gateway.stores.secrets import deployment_id, load_pepper
 from gateway.stores.sessions import SessionStore
 from gateway.stores.shipper import Shipper
+from gateway.stores.streams import Streams
 from gateway.tokeniser import Tokeniser
 from gateway.upstream import Upstream
 
@@ -60,6 +77,8 @@ if TYPE_CHECKING:  # it imports OpenTelemetry
 log = logging.getLogger("gateway")
 
 BEGIN_ANEW = 1.0  # seconds after which a background task that failed is begun once more
+CANCEL_AGAIN = 0.2  # seconds
+KEEP = 2.0  # seconds that answers may take to be kept when we stop
 FLUSH = 10.0  # seconds that usage rows may take to reach Postgres when we stop
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
@@ -76,10 +95,10 @@ def make_app(settings: Settings, environ: Mapping[str, str], *, settle: bool = F
     config = load_config(settings, environ)
 
     v1 = web.Application(middlewares=middlewares.V1)
-    v1.add_routes([*chat.routes(), *models.routes()])
+    v1.add_routes([*chat.routes(), *models.routes(), *streams.routes(), *passthrough.routes()])
     app.add_subapp("/v1", v1)
     app.add_routes([*health.routes(), *accounts.routes(), *sessions.routes(), *stats.routes(), *dashboard.routes()])
-    app.add_routes(live.routes())
+    app.add_routes([*live.routes(), *cache.routes()])
 
     # Opened in this order, closed in the reverse one: the writers drain while the pools are open.
     opened = [_stores(settings, config), _providers(settings, config.routes), *([_settled] if settle else []), _tasks]
@@ -132,12 +151,15 @@ def _stores(settings: Settings, config: Config) -> Context:
             opened.callback(for_passwords.close)
             app[keys.ACCOUNTS] = AccountStore(pool, hashing=for_passwords)
             app[keys.SESSIONS] = SessionStore(pool)
+            app[keys.KEEPER] = _keeper(settings, pool, metrics)
+            app[keys.BELONGINGS] = Belongings(pool)
             app[keys.KEYS] = await _key_store(settings, pool, redis, for_keys, metrics)
             with suppress(Unavailable):  # a connection's first look-up takes twenty times as long as the next
                 await read_proofs(pool, [])
             app[keys.SCRIPT] = RedisScript(
                 redis, on_error=lambda kind: metrics.dependency_errors.labels("redis", kind).inc()
             )
+            app[keys.STREAMS] = _streams(settings, redis, app[keys.SCRIPT], metrics)
             app[keys.RATES] = rates = dict(config.rates)
             app[keys.LIMITER] = _limiter(settings, rates, app[keys.SCRIPT], metrics)
             app[keys.OUTAGES] = Outages(redis)
@@ -165,6 +187,28 @@ async def _key_store(
         hashing=hashing,
         on_read=metrics.key_lookups.inc,
         on_error=lambda: metrics.dependency_errors.labels("postgres", "unavailable").inc(),
+    )
+
+
+def _keeper(settings: Settings, pool: asyncpg.Pool, metrics: Metrics) -> Keeper:
+    return Keeper(
+        Answers(pool, max_bytes=settings.gateway_cache_max_bytes),
+        max_answer=settings.gateway_cache_max_answer,
+        max_bytes=settings.gateway_cache_max_bytes,
+        on_result=lambda result: metrics.cache_answers.labels(result).inc(),
+        on_error=lambda kind: metrics.dependency_errors.labels("postgres", kind).inc(),
+    )
+
+
+def _streams(settings: Settings, redis: Redis, script: RedisScript, metrics: Metrics) -> Streams:
+    return Streams(
+        redis,
+        max_bytes=settings.gateway_resume_max_bytes,
+        max_streams=settings.gateway_resume_max_streams,
+        ttl=settings.gateway_resume_ttl,
+        on_result=lambda result: metrics.resumable_streams.labels(result).inc(),
+        on_error=lambda kind: metrics.dependency_errors.labels("redis", kind).inc(),
+        gone=lambda: script.gone,
     )
 
 
@@ -297,22 +341,16 @@ async def _tasks(app: web.Application) -> AsyncIterator[None]:
     )
     pulse = app[keys.PULSE] = Pulse(settings, connections, metrics)
     pressure = app[keys.PRESSURE] = Pressure(pulse, connections, metrics)
+    app[SHARING] = Sharing()
+    keeper = app[keys.KEEPER]
     shipper, script, copy = app[keys.SHIPPER], app[keys.SCRIPT], app[keys.COPY]
     await script.meet()
-    work: dict[str, Work] = {
-        "usage shipper": shipper.run,
-        "limits and budgets": script.run,
-        "key revocations": app[keys.KEYS].listen,
-        "catalogue": app[keys.CATALOGUE].run,
-        "breakers": partial(app[keys.BALANCER].run, app[keys.CATALOGUE].look_now),
-        "outages": partial(app[keys.OUTAGES].run, app[keys.BALANCER].hear),
-        "pulse": pulse.run,
-        "pressure": pressure.run,
-        **({"usage copy": copy.run} if copy is not None else {}),
-        **({"streams of revoked keys": partial(end_revoked, app[keys.KEYS], pulse)} if _cuts_revoked(app) else {}),
-    }
+    work = {**_work(app), "pulse": pulse.run, "pressure": pressure.run}
     tasks = [asyncio.create_task(_forever(name, task, bugs.inc)) for name, task in work.items()]
     yield
+    await app[SHARING].close()
+    await app[keys.STREAMS].close(KEEP)
+    await keeper.close(KEEP)
     await app[keys.RECORDER].close()
     left = await shipper.close(FLUSH)
     if left:
@@ -322,16 +360,30 @@ async def _tasks(app: web.Application) -> AsyncIterator[None]:
     await app[keys.BUDGETS].close()
     await app[keys.LIMITER].close()
     await script.close()
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _cuts_revoked(app: web.Application) -> bool:
-    return app[keys.SETTINGS].gateway_revoked_streams == "cut"
+    await _end(tasks)
 
 
 Work = Callable[[], Coroutine[Any, Any, None]]
+
+
+def _work(app: web.Application) -> dict[str, Work]:
+    copy, cuts_revoked = app[keys.COPY], app[keys.SETTINGS].gateway_revoked_streams == "cut"
+    revoked = partial(end_revoked, app[keys.KEYS], app[keys.PULSE])
+    return {
+        "usage shipper": app[keys.SHIPPER].run,
+        "limits and budgets": app[keys.SCRIPT].run,
+        "kept answers": app[keys.KEEPER].run,
+        "claims": app[keys.KEEPER].renew,
+        "old answers": app[keys.KEEPER].sweep,
+        "resumable streams": app[keys.STREAMS].run,
+        "key revocations": app[keys.KEYS].listen,
+        "catalogue": app[keys.CATALOGUE].run,
+        "breakers": partial(app[keys.BALANCER].run, app[keys.CATALOGUE].look_now),
+        "outages here": app[keys.OUTAGES].send,
+        "outages elsewhere": partial(app[keys.OUTAGES].listen, app[keys.BALANCER].hear),
+        **({"usage copy": copy.run} if copy is not None else {}),
+        **({"streams of revoked keys": revoked} if cuts_revoked else {}),
+    }
 
 
 async def _forever(name: str, work: Work, count: Callable[[], None]) -> None:
@@ -343,3 +395,16 @@ async def _forever(name: str, work: Work, count: Callable[[], None]) -> None:
             count()
             log.exception("background task failed: %s", name)
         await asyncio.sleep(BEGIN_ANEW)
+
+
+async def _end(tasks: Collection[asyncio.Task[None]]) -> None:
+    """Returns when all of them have ended, however often that has to be said.
+
+    A cancellation that comes in the moment in which asyncio.wait_for is done is lost, before Python 3.12; asyncpg and
+    redis-py use it (https://github.com/python/cpython/issues/86296).
+    """
+    waiting = set(tasks)
+    while waiting:
+        for task in waiting:
+            task.cancel()
+        _, waiting = await asyncio.wait(waiting, timeout=CANCEL_AGAIN)

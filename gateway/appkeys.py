@@ -20,8 +20,10 @@ from gateway.protocol.pricing import PriceTable
 from gateway.pulse import Pulse
 from gateway.settings import Settings
 from gateway.stores.accounts import AccountStore
+from gateway.stores.belongings import Belongings
 from gateway.stores.budgets import Budgets
 from gateway.stores.copy import UsageCopy
+from gateway.stores.keeper import Keeper
 from gateway.stores.keys import KeyStore
 from gateway.stores.limits import Limiter
 from gateway.stores.outages import Outages
@@ -29,6 +31,7 @@ from gateway.stores.recorder import Recorder
 from gateway.stores.script import RedisScript
 from gateway.stores.sessions import SessionStore
 from gateway.stores.shipper import Shipper
+from gateway.stores.streams import Streams
 from gateway.upstream import Upstream
 
 if TYPE_CHECKING:  # it imports OpenTelemetry
@@ -41,6 +44,9 @@ POOL = web.AppKey("POOL", asyncpg.Pool)
 ACCOUNTS = web.AppKey("ACCOUNTS", AccountStore)
 SESSIONS = web.AppKey("SESSIONS", SessionStore)
 KEYS = web.AppKey("KEYS", KeyStore)
+KEEPER = web.AppKey("KEEPER", Keeper)
+BELONGINGS = web.AppKey("BELONGINGS", Belongings)
+STREAMS = web.AppKey("STREAMS", Streams)
 SCRIPT = web.AppKey("SCRIPT", RedisScript)
 LIMITER = web.AppKey("LIMITER", Limiter)
 BUDGETS = web.AppKey("BUDGETS", Budgets)

@@ -292,6 +292,7 @@ class Attempt:
         """All is there that will come, whether the client is or not."""
         self._exchange.outcome = "client_abort" if self._client.left else outcome
         self._exchange.status = 0 if self._client.left and not self._client.prepared else 200
+        self._exchange.held = self._client.behind
 
     def _late(self, limit: float, words: str, kind: str) -> GatewayError:
         """What a time-out means: an interruption, a connection that never was, or a provider that is too slow."""
@@ -340,7 +341,7 @@ class Attempt:
         """How the exchange ended, from what ended it."""
         exchange = self._exchange
         exchange.status, exchange.error_code = error.http_status, error.error_code or ""
-        exchange.outcome = _outcome(error)
+        exchange.outcome = outcome_of(error)
         if self._client.left:
             exchange.outcome = "client_abort"
         if self._span is not None:
@@ -353,7 +354,7 @@ class Attempt:
             self._meter.usage = Usage(0, 0)
 
 
-def _outcome(error: GatewayError) -> Outcome:
+def outcome_of(error: GatewayError) -> Outcome:
     if isinstance(error, ShuttingDown | KeyEnded):
         return "interrupted"
     if isinstance(error, UpstreamTimeout):

@@ -19,6 +19,7 @@ from typing import Any
 
 from gateway.breaker import PROBE, REFUSED, SHORTEST, Breaker, Health, State
 from gateway.protocol.errors import (
+    AnswerTooLarge,
     GatewayError,
     ProviderAuth,
     UpstreamError,
@@ -41,7 +42,7 @@ RETRIES, RETRY_SHARE = 3, 0.2  # retries at a time, or of what is in flight (Env
 LOOK = 2.0  # seconds between two looks at providers whose breaker is open
 
 # It answers; what was asked, or who asked, was the matter.
-_BLAMELESS = (UpstreamRejected, UpstreamRateLimited, UpstreamTooLong, ProviderAuth)
+_BLAMELESS = (AnswerTooLarge, UpstreamRejected, UpstreamRateLimited, UpstreamTooLong, ProviderAuth)
 
 # Whom not to ask: targets by their provider's name and model, or providers by name.
 Excluded = Collection[str | tuple[str, str]]

@@ -19,7 +19,7 @@ async def read_body(request: web.Request, limit: int) -> bytes:
     _check_form(request)
     if (request.content_length or 0) > limit:
         raise _too_large(limit)
-    await _meet_expectation(request)
+    await meet_expectation(request)
     try:
         if request.content.is_eof():  # it came with the head, as most do
             body = request.content.read_nowait()
@@ -35,7 +35,7 @@ async def leave_expectation(request: web.Request) -> None:
     """An `expect_handler` for routes: aiohttp's own says "100 Continue" before anybody looked at key and size."""
 
 
-async def _meet_expectation(request: web.Request) -> None:
+async def meet_expectation(request: web.Request) -> None:
     """RFC 9110 10.1.1, once the body is wanted."""
     expected = request.headers.get(hdrs.EXPECT, "").lower()
     if not expected or request.version < HttpVersion11:

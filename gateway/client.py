@@ -5,7 +5,7 @@ import fcntl
 import sys
 import termios
 import zlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from time import monotonic
 from typing import cast
 
@@ -56,6 +56,7 @@ class Client:
         "interrupted",
         "left",
         "on_flow",
+        "on_interrupt",
         "prepared",
         "reading_since",
         "sent",
@@ -63,13 +64,21 @@ class Client:
     )
 
     def __init__(
-        self, request: web.Request, exchange: Exchange, *, draining: Callable[[], bool], outlived: bool = False
+        self,
+        request: web.Request,
+        exchange: Exchange,
+        *,
+        draining: Callable[[], bool],
+        outlived: bool = False,
+        stream: bool | None = None,  # None: as it was asked for
     ) -> None:
-        assert exchange.asked is not None
+        if stream is None:
+            assert exchange.asked is not None
+            stream = exchange.asked.stream
         self._request = request
         self._connection = cast(Connection, request.protocol)
         self._exchange = exchange
-        self._stream = exchange.asked.stream
+        self._stream = stream
         # A client of HTTP/1.0 knows no chunks: the end of its stream is that of the connection, RFC 9112 6.3.
         self._chunked = self._stream and request.version >= HttpVersion11
         self._draining = draining  # its connection is not to be used again
@@ -83,6 +92,7 @@ class Client:
         self.left = False  # it is gone, and its provider is read on; what is sent goes nowhere
         self.stalled = False  # pulse: dropped because it stopped reading
         self.on_flow: Callable[[], None] | None = None  # stream: called when `blocked` has changed
+        self.on_interrupt: Callable[[], None] | None = None  # recording: called when it is, while none of these waits
         self.reading_since = 0.0  # stream: waiting for the provider's next bytes, seconds, monotonic; 0: not waiting
         self._writing_since = 0.0  # waiting for the client, or for its next step
         self._unread = 0  # bytes that the client had not taken at the last look
@@ -97,8 +107,15 @@ class Client:
         if transport is not None and not self.left and not transport.is_closing():
             transport.write(framed)
 
+    def write_pieces(self, pieces: Sequence[bytes]) -> None:
+        """As `write` of each, in one."""
+        framed = b"".join([b"%x\r\n%b\r\n" % (len(data), data) for data in pieces] if self._chunked else pieces)
+        if not self.prepared:
+            framed = self._head(_STREAM) + framed
+        self._write(framed)
+
     def _write(self, data: bytes | memoryview) -> None:
-        """Of a whole answer."""
+        """As it is, of what may be read on when the client has left."""
         transport = self._connection.transport
         if transport is not None and not self.left and not transport.is_closing():
             transport.write(data)
@@ -131,6 +148,11 @@ class Client:
     def blocked(self) -> bool:
         """Its buffer is full, because it does not read: nothing should be written now."""
         return self._connection.blocked and not self.left
+
+    @property
+    def behind(self) -> bool:
+        """Who pays has left, or has not yet all that there is. recording: others go on without it."""
+        return False
 
     def _flow(self) -> None:
         self._writing_since = monotonic() if self.blocked else 0.0
@@ -228,6 +250,8 @@ class Client:
             self.answer.interrupt(error)
         elif self.deadline is not None:
             self.deadline.expire()
+        elif self.on_interrupt is not None:
+            self.on_interrupt()
 
 
 def _unacknowledged(transport: asyncio.Transport) -> int:

@@ -65,7 +65,17 @@ async def _open_pool(url: str) -> asyncpg.Pool:
         # asyncio.wait_for does not end a query on a stalled server; asyncpg's own time-out does.
         command_timeout=5,
         server_settings={"application_name": "ai-gateway"},
+        reset=_keep_as_it_is,
     )
+
+
+async def _keep_as_it_is(connection: object) -> None:
+    """What a connection goes through on its way back into the pool.
+
+    asyncpg itself sees to transactions that are still open, and statements that were given up. What else it would send
+    (`reset all`, `unlisten`, `close all`, `pg_advisory_unlock_all`) is a round trip, a quarter of what a look-up costs.
+    Nobody needs it: we `set local`, have no cursors, and end a connection that may hold the lock of a session.
+    """
 
 
 async def close_database(pool: asyncpg.Pool) -> None:

@@ -9,6 +9,11 @@ from typing import Literal, Protocol
 from gateway.protocol.meter import Meter
 from gateway.protocol.request import ModelRequest
 from gateway.protocol.routing import Route, Target
+from gateway.protocol.usage import Usage
+
+# Who made what the client got: a provider, for this request; the cache; another request's provider, shared with it or
+# replayed to the same `Idempotency-Key`.
+Source = Literal["provider", "cache", "shared", "replay"]
 
 Outcome = Literal[
     "ok",
@@ -77,6 +82,7 @@ class Principal:
     allowed_models: tuple[str, ...] = ()  # empty: all; patterns as `gpt-*`
     budget: Budget = NO_BUDGET
     account_budget: Budget = NO_BUDGET  # of all keys of the account together
+    cache_ttl: int = 0  # seconds that answers are kept, and shared, where a request says nothing of it; 0: not at all
     drain_seconds: int = 0  # how long a provider is read on for a client that left; 0: its connection is closed
     expires_at: datetime | None = None  # None: never
 
@@ -95,22 +101,28 @@ class Exchange:
     app_id: str = ""  # middlewares.authenticate: X-App-Id
     own_credential: str | None = field(default=None, repr=False)  # middlewares.authenticate
 
-    asked: ModelRequest | None = None  # middlewares.read_call
+    asked: ModelRequest | None = None  # middlewares.read_call, or handlers.passthrough
     upload_ms: float = 0.0  # middlewares.read_call: until the client had sent its body
 
-    route: Route = ()  # handlers.chat: who may answer
-    target: Target | None = None  # relay: who is asked, or answered
+    route: Route = ()  # handlers: who may answer
+    target: Target | None = None  # relay: who is asked, or answered; replay: who once answered
     model: str = ""  # handlers.chat: the model the client asked for
 
     reservation: Reservation | None = None  # relay: when a budget covers the exchange; settled by stores.recorder
     meter: Meter | None = None  # relay, just before the provider is called
     connected: bool = False  # relay: there is a connection to the provider, so a usage row is due
     ticked: float = 0.0  # stores.recorder: when its last tick was written, seconds, monotonic
+    held: bool = False  # attempt: its row is to wait for its client; sharing: not any more
     recorded: bool = False  # stores.recorder: its end is in the journal
     cost_micros: int | None = None  # stores.recorder: micro-dollars; None: no price is known
     outcome: Outcome | Literal[""] = ""  # relay; "": no provider was called
     status: int = 0  # relay, or middlewares.errors: the HTTP status the client saw; 0: it saw none
     error_code: str = ""  # relay, or middlewares.errors: code of the error that ended it, also in mid-stream
+    delegated: bool = False  # sharing: another record, with its id, says how it ended
+    source: Source = "provider"  # sharing, or replay
+    source_id: str = ""  # sharing, or replay: of the exchange that paid, where that is another
+    saved: Usage | None = None  # sharing, or replay: what that one used
+    saved_micros: int | None = None  # stores.recorder: what that would have cost; None: nothing, or no price is known
     first_byte: float = 0.0  # stream.Tally: when the model's first text passed, seconds, monotonic; 0: never
     counted_live: int = 0  # stream.Tally: completion tokens that the metrics have already
     upstream_ms: float = 0.0  # relay: from the call to the provider's last byte

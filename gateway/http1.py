@@ -13,6 +13,7 @@ Rule 2: a connection is used again only when the parser saw the answer's end and
 whole, and the provider speaks HTTP/1.1 and did not say close. Every other end cuts it, so that nothing of one answer is
 ever read as the next one's. (An empty line after the end is skipped by the parser: nothing can be read from it.)
 Rule 3: the parser's callbacks take notes and refuse; the receiver is called when the parser has returned.
+Rule 4: a body that is sent in pieces goes on to its end, or to an answer to a part of it: then nobody reads the rest.
 """
 
 import asyncio
@@ -91,6 +92,8 @@ class Connection(asyncio.Protocol):
         self._poll = select.poll()
         self._receiver: Receiver | None = None
         self._paused = False
+        self._blocked = False  # the kernel takes no more for now
+        self._waiter: asyncio.Future[None] | None = None  # of `writable`
         self._parts: list[bytes] = []  # of the body, in this read
         self.on_body = self._parts.append  # the parser calls it without a frame of Python's
         self._begin()
@@ -105,6 +108,7 @@ class Connection(asyncio.Protocol):
         self._whole = False
         self._is_1_1 = False  # the answer's version
         self._keep_alive = False  # what it says of the connection
+        self._sending = False  # there is more of the request
 
     # --- its owner
 
@@ -120,6 +124,34 @@ class Connection(asyncio.Protocol):
             self._transport.write(head + body)
         else:
             self._transport.writelines((head, body))
+
+    def begin(self, head: bytes, receiver: Receiver) -> None:
+        """As `send`; the body follows by `write`, with its framing, and ends with `sent`."""
+        self.send(head, b"", receiver)
+        self._sending = True
+
+    def write(self, data: bytes) -> None:
+        """Of a request that was begun. What was written before it should be gone: see `writable`."""
+        if self.is_open:
+            self._transport.write(data)
+
+    def sent(self) -> None:
+        """The request is whole."""
+        self._sending = False
+
+    async def writable(self) -> None:
+        """Returns when the kernel takes more, or nothing any more."""
+        while self._blocked and self.is_open:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that the kernel has not taken."""
+        return self._transport.get_write_buffer_size()
 
     def pause(self) -> None:
         """Read no more for now. Idempotent."""
@@ -152,6 +184,17 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+
+    def pause_writing(self) -> None:
+        self._blocked = True
+
+    def resume_writing(self) -> None:
+        self._blocked = False
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def data_received(self, data: bytes) -> None:
         receiver = self._receiver
@@ -215,6 +258,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._lost(self)
+        self._wake()
         receiver = self._receiver
         if receiver is None:
             return
@@ -226,7 +270,8 @@ class Connection(asyncio.Protocol):
     def _end(self, receiver: Receiver, *, reusable: bool) -> None:
         self._receiver = None
         # An answer to half a request: what is left of it would be read as the next one's beginning.
-        if reusable and not self._transport.is_closing() and not self._transport.get_write_buffer_size():
+        half = self._sending or self._transport.get_write_buffer_size()
+        if reusable and not half and not self._transport.is_closing():
             self.resume()
             self._free(self)
         else:

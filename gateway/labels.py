@@ -1,10 +1,14 @@
 """The label values that are closed sets, and the bounds of the histograms' buckets."""
 
-NONE = "none"  # the provider of a request that was refused before it had one
+NONE = "none"  # the provider of a request that had none: it was refused before, or its answer was there already
 
 UNAVAILABLE = (502, 503, 504)  # the status of what failed through no fault of the client's
 TOKEN_KINDS = ("prompt", "completion", "cached", "cache_write", "reasoning")
 USAGE_SOURCES = ("provider", "counted", "estimated")
+# By who made the answer (exchange.Source); what a provider made is told by its X-Gateway-Cache.
+CACHE_HITS = {"cache": "hit", "shared": "shared", "replay": "replay"}
+KEPT_RESULTS = ("kept", "unfit", "too_large", "full", "failed")
+CACHE_RESULTS = ("hit", "miss", "bypass", "shared", "replay")
 RATE_LIMITED_REASONS = (
     "requests_per_minute",
     "requests_per_second",
@@ -22,6 +26,8 @@ CLIENT_ABORT_PHASES = ("body", "ttft", "stream")
 SLOW_PHASES = ("headers", "body", "read")
 SHED_REASONS = ("memory", "connections")
 USAGE_ROW_RESULTS = ("written", "failed")
+RESUMABLE_RESULTS = ("held", "refused", "failed", "lost")  # as stores/streams.py says them
+RESUMED_RESULTS = ("joined", "followed", "unknown", "refused", "failed", "broken")
 CONFIG_RELOADS = ("ok", "failed")
 INTERNAL_ERRORS = ("request", "stream", "task")
 # As stores/postgres.py and stores/script_connection.py say them; `unavailable`: a look-up of a key had no answer.

@@ -3,28 +3,24 @@
 Text that a client chose is never a label: a model is named only when the operator or a provider named it.
 """
 
-import os
-import platform
 import time
 from collections.abc import Iterable
 from functools import cached_property
-from pathlib import Path
 
-from gateway import __version__, labels
+from gateway import labels
 from gateway.breaker import STATES
 from gateway.exchange import Exchange
-from gateway.page import Page
 from gateway.protocol.errors import UPSTREAM_ERROR_KINDS
 from gateway.protocol.usage import Usage
+from gateway.savings import Savings
 from gateway.series import MAX_HISTOGRAMS, MAX_SERIES, OTHER, CounterSeries, HistogramSeries, Live
+from gateway.vitals import Vitals
 
 MAX_PROVIDERS = MAX_HISTOGRAMS  # that have series of their own; the rest is counted together
 MAX_PAIRS = MAX_SERIES // len(labels.TOKEN_KINDS)  # of a model and a provider: as many as tokens have series for
 
-_STATM = Path("/proc/self/statm")  # Linux only, as in Prometheus's own client libraries
 
-
-class Metrics(Page):
+class Metrics(Savings, Vitals):
     """The metrics of one process. Each instance has a registry of its own.
 
     `known_models` grows while the gateway runs: what is in it becomes a label, so only an operator's file or a
@@ -42,17 +38,16 @@ class Metrics(Page):
         self._declare_clients()
         self._declare_failures()
         self._declare_usage()
-        self._declare_process()
 
     def _declare_traffic(self) -> None:
         self.requests = self._counter(
             "gateway_requests_total",
-            "Requests by model asked for, provider and HTTP status that the client saw (0: it had left).",
+            "Requests by model, provider that was asked (or none), HTTP status that the client saw (0: it had left).",
             ("model", "provider", "status"),
         )
         self.request_duration_ms = self._histogram(
             "gateway_request_duration_ms",
-            "Milliseconds from a request's arrival to the last byte of its answer.",
+            "Milliseconds from a request's arrival to the last byte of its answer, but of those that were remembered.",
             ("provider",),
             labels.DURATION_MS,
         )
@@ -239,46 +234,6 @@ class Metrics(Page):
             labels.USAGE_SOURCES,
         )
 
-    def _declare_process(self) -> None:
-        self.pool_connections = self._gauge(
-            "gateway_pg_pool_connections", "Connections to Postgres that wait for a query or are at one.", ("state",)
-        )
-        for state in labels.POOL_STATES:
-            self.pool_connections.labels(state)
-        self.pool_size_max = self._gauge(
-            "gateway_pg_pool_size_max", "Connections to Postgres that there may be, in the pools of all processes."
-        ).labels()
-        self.connections_open = self._gauge(
-            "gateway_connections_open", "Connections of clients that are open, with a request on them or idle."
-        ).labels()
-        self.event_loop_lag_seconds = self._gauge(
-            "gateway_event_loop_lag_seconds",
-            "The longest that the event loop was held up in the last 15 to 30 seconds.",
-            together=max,
-        ).labels()
-        started = time.monotonic()
-        self.config_reloads = self._counter(
-            "gateway_config_reloads_total",
-            "Times that the configuration was read again, by whether it is used now or was wrong.",
-            ("result",),
-            labels.CONFIG_RELOADS,
-        )
-        self.config_ok = self._gauge(
-            "gateway_config_ok", "0 while the configuration on disk is wrong and an older one is used.", together=min
-        ).labels()
-        self.config_ok.set(1)
-        uptime = self._gauge("gateway_uptime_seconds", "Seconds since this process started to serve.", together=max)
-        uptime.labels().follow(lambda: time.monotonic() - started)
-        memory = self._gauge(
-            "process_resident_memory_bytes", "Memory of this process that is in RAM, in bytes; on Linux alone."
-        )
-        if _STATM.exists():
-            memory.labels().follow(resident_bytes)
-        build = self._gauge(
-            "gateway_build_info", "Always 1; the labels say what runs.", ("version", "python"), together=max
-        )
-        build.labels(__version__, platform.python_version()).set(1)
-
     def add_providers(self, names: Iterable[str]) -> None:
         """Series for these are there from now on, at zero: an operator switched them on."""
         added = [name for name in names if name not in self._providers]
@@ -309,6 +264,12 @@ class Metrics(Page):
         `usage` and `source` are the meter's result, None when no provider was called. Upstream errors, refusals and
         failed keys are not in the record: who raises them counts them.
         """
+        if exchange.source != "provider":
+            self._count_remembered(exchange)
+            return
+        cached = exchange.headers.get("X-Gateway-Cache")
+        if cached in ("miss", "bypass"):
+            self.cache_requests.labels(cached).inc()
         provider = exchange.target.provider.name if exchange.target is not None else labels.NONE
         series = self._series_of(self.model_label(exchange.model), provider)
         series.request(exchange.status).inc()
@@ -325,6 +286,19 @@ class Metrics(Page):
             self.budget_cuts.inc()
         if usage is not None:
             self._count_usage(series, exchange, usage, source, counted_live)
+
+    def _count_remembered(self, exchange: Exchange) -> None:
+        """No provider was asked: it is in none's figures, so that many good ones do not hide what fails, nor how
+        long it takes."""
+        model = self.model_label(exchange.model)
+        self._series_of(model, labels.NONE).request(exchange.status).inc()
+        self.cache_requests.labels(labels.CACHE_HITS[exchange.source]).inc()
+        if exchange.outcome == "client_abort":
+            self.client_aborts.labels("stream" if exchange.first_byte else "ttft").inc()
+        if exchange.saved is not None and exchange.target is not None:
+            provider = exchange.target.provider.name
+            self.saved_tokens.labels(model, provider).inc(exchange.saved.total_tokens)
+            self.saved_cost_micros.labels(model, provider).inc(exchange.saved_micros or 0)
 
     def _count_usage(self, series: "_Bound", exchange: Exchange, usage: Usage, source: str, counted_live: int) -> None:
         self.usage_sources.labels(source).inc()
@@ -390,8 +364,3 @@ class _Bound:
 
 def _status_label(status: int) -> str:
     return str(status) if status == 0 or 100 <= status <= 599 else OTHER
-
-
-def resident_bytes() -> float:
-    """Second field of /proc/self/statm, in pages (proc_pid_statm(5))."""
-    return int(_STATM.read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")

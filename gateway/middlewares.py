@@ -7,18 +7,19 @@ which for a stream is its end. An exit never awaits: it may be running because t
 import asyncio
 import logging
 import math
+import socket
+import struct
 from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from aiohttp import HttpVersion10, hdrs, web
+from aiohttp import HttpVersion10, HttpVersion11, hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from gateway.appkeys import EXCHANGE, LIMITER, METRICS, PULSE, RECORDER, SETTINGS, SPAN, root
 from gateway.body import read_body
 from gateway.exchange import Exchange
 from gateway.identity import API_KEY, MAX_LABEL, identify, lent_key, session_token
-from gateway.logs import log_exchange
 from gateway.protocol.errors import (
     GatewayError,
     InternalError,
@@ -32,6 +33,7 @@ from gateway.protocol.errors import (
     Unavailable,
 )
 from gateway.protocol.request import PARSE_HERE, ModelRequest, parse_chat, parse_completion, parse_embedding
+from gateway.report import report
 from gateway.stores.grants import Admission
 from gateway.stores.tokens import PREFIX
 
@@ -46,6 +48,7 @@ _PARSERS: Mapping[str, Callable[[bytes], ModelRequest]] = {
     "/v1/completions": parse_completion,
     "/v1/embeddings": parse_embedding,
 }
+_PASSED_ON = ("/v1/images/", "/v1/audio/", "/v1/moderations", "/v1/files", "/v1/batches")  # handlers.passthrough
 
 
 async def on_prepare(request: web.Request, response: web.StreamResponse) -> None:
@@ -90,8 +93,8 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     finally:
         pulse.leave()
         exchange.ended = exchange.ended or monotonic()
-        if not request.path.startswith(_QUIET):
-            _log(request, exchange)
+        if not request.path.startswith(_QUIET) and not exchange.delegated:
+            report(request, exchange)
 
 
 async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -131,7 +134,7 @@ def _error_response(request: web.Request, error: GatewayError) -> web.Response:
     exchange = request[EXCHANGE]
     if exchange.prepared:
         if request.transport is not None:
-            request.transport.abort()
+            _break(request.transport, chunked=request.version >= HttpVersion11)
         raise ConnectionResetError("an error after the first byte")
     exchange.status, exchange.error_code = error.http_status, error.error_code or ""
     headers = {"Cache-Control": "no-store"}
@@ -152,6 +155,13 @@ def _error_response(request: web.Request, error: GatewayError) -> web.Response:
     return response
 
 
+def _break(transport: asyncio.Transport, *, chunked: bool) -> None:
+    """Nobody is to take this for the end of a body. Who knows no chunks needs a RST: RFC 9112 6.3, socket(7)."""
+    if not chunked:
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
+
+
 def _from_http(request: web.Request, error: web.HTTPException) -> GatewayError:
     if isinstance(error, web.HTTPMethodNotAllowed):
         return MethodNotAllowed(f"{request.method} is not allowed here", allowed=sorted(error.allowed_methods))
@@ -169,19 +179,6 @@ def _label(request: web.Request, name: str, *, strict: bool = True) -> str:
     if strict:
         raise InvalidRequest(f"{name}: at most {MAX_LABEL} printable ASCII characters", param=name)
     return ""
-
-
-def _log(request: web.Request, exchange: Exchange) -> None:
-    usage, source = exchange.meter.result() if exchange.meter is not None and exchange.connected else (None, "")
-    log_exchange(request.method, _route(request), exchange, usage, source)
-    if request.path.startswith("/v1/"):
-        root(request)[METRICS].exchange_ended(exchange, usage, source, counted_live=exchange.counted_live)
-
-
-def _route(request: web.Request) -> str:
-    """The route's template: a path that nobody routes may hold anything."""
-    resource = request.match_info.route.resource
-    return resource.canonical if resource is not None else "(unknown)"
 
 
 # --- /v1 ----------------------------------------------------------------------------------------------------------
@@ -220,10 +217,11 @@ def _auth_failure(request: web.Request, error: GatewayError) -> str:
 async def limit(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Only what goes on to a provider is counted; listing models is free. The body is read once it was admitted."""
     exchange = request[EXCHANGE]
-    if exchange.principal is None or _parser(request) is None:
+    route = request.path if _parser(request) is not None else _passed_on(request)
+    if exchange.principal is None or not route:
         return await handler(request)
     limiter = root(request)[LIMITER]
-    admission = await limiter.admit(exchange.principal, exchange.id, request.path)
+    admission = await limiter.admit(exchange.principal, exchange.id, route)
     _rate_headers(exchange, admission)
     if not admission.granted:
         root(request)[METRICS].rate_limited.labels(admission.reason).inc()
@@ -231,7 +229,8 @@ async def limit(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     finally:
-        limiter.release(exchange.principal, exchange.id)
+        if not exchange.delegated:
+            limiter.release(exchange.principal, exchange.id)
 
 
 def _rate_headers(exchange: Exchange, admission: Admission) -> None:
@@ -277,6 +276,12 @@ async def read_call(request: web.Request, handler: Handler) -> web.StreamRespons
 def _parser(request: web.Request) -> Callable[[bytes], ModelRequest] | None:
     """Of the requests that go on to a provider."""
     return _PARSERS.get(request.path) if request.method == hdrs.METH_POST else None
+
+
+def _passed_on(request: web.Request) -> str:
+    """The route of those that go on to a provider by their path; "" for all others."""
+    resource = request.match_info.route.resource
+    return resource.canonical if resource is not None and resource.canonical.startswith(_PASSED_ON) else ""
 
 
 @web.middleware

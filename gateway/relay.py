@@ -50,11 +50,16 @@ _IDS: Mapping[Kind, str] = {"chat": "chatcmpl-", "completion": "cmpl-", "embeddi
 _LASTING = frozenset({"auth", "redirect", "bad_body", "tls"})
 
 
-async def relay(request: web.Request, exchange: Exchange) -> web.StreamResponse:
-    """Answer a request to a model whose route is set. Raises GatewayError only while no byte was sent."""
+async def relay(request: web.Request, exchange: Exchange, client: Client | None = None) -> web.StreamResponse:
+    """Answer a request to a model whose route is set. Raises GatewayError only while no byte was sent.
+
+    `client`: in the place of the one that is connected.
+    """
     assert exchange.asked is not None and exchange.principal is not None
     pulse = root(request)[PULSE]
-    client = Client(request, exchange, draining=lambda: pulse.closing, outlived=exchange.principal.drain_seconds > 0)
+    if client is None:
+        outlived = exchange.principal.drain_seconds > 0
+        client = Client(request, exchange, draining=lambda: pulse.closing, outlived=outlived)
     asking = _Asking(request, exchange, client)
     _name(exchange, exchange.route[0][0])  # until another is asked
     try:
@@ -218,7 +223,9 @@ class _Asking:
             return False  # the provider may be at it still
         if error.kind in ("bad_event", "event_too_large"):
             return False  # an answer that broke
-        return self._sent < ATTEMPTS and attempt.untouched and not self._pulse.draining
+        # Of a recording the exchange alone says whether anything was sent.
+        untouched = attempt.untouched and not self._exchange.prepared
+        return self._sent < ATTEMPTS and untouched and not self._pulse.draining
 
     def _exclude(self, target: Target, error: UpstreamError, attempt: Attempt) -> None:
         limited = isinstance(error, UpstreamRateLimited)
@@ -269,7 +276,7 @@ class _Asking:
             self._balancer.retrying -= 1
         if self._started:
             self._exchange.upstream_ms = (monotonic() - self._started) * 1000
-        if self._client.prepared:
+        if self._exchange.prepared:
             self._exchange.status = 200
         if self._client.stalled:
             self._exchange.error_code = "client_stalled"

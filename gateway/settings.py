@@ -102,7 +102,28 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         SecondsOrNone, _doc("seconds that new requests are still served after SIGTERM (10 behind a load balancer)")
     ] = 0.0
     gateway_max_body: Annotated[Annotated[int, Meta(gt=0)], _doc("bytes of a request body")] = 32 << 20
+    gateway_max_upload: Annotated[
+        Annotated[int, Meta(gt=0)], _doc("bytes of a request body that is passed on as it comes: files, audio, images")
+    ] = 512 << 20
     gateway_max_reply: Annotated[Annotated[int, Meta(gt=0)], _doc("bytes of an answer that is not streamed")] = 64 << 20
+
+    gateway_cache_max_answer: Annotated[
+        Annotated[int, Meta(gt=0, le=8 << 20)], _doc("bytes of an answer that is kept to be given again; 8 MiB at most")
+    ] = 1 << 20
+    gateway_cache_max_bytes: Annotated[
+        Annotated[int, Meta(gt=0)], _doc("bytes in Postgres of all answers that are kept; the oldest go first")
+    ] = 1 << 30
+
+    gateway_resume_linger: Annotated[
+        SecondsOrNone, _doc("seconds that a resumable stream goes on when its client is gone")
+    ] = 60.0
+    gateway_resume_ttl: Annotated[Seconds, _doc("seconds after its last byte that a stream can be resumed")] = 600.0
+    gateway_resume_max_bytes: Annotated[
+        Annotated[int, Meta(ge=1 << 10, le=1 << 26)], _doc("bytes of a resumable stream that are kept, the newest")
+    ] = 4 << 20
+    gateway_resume_max_streams: Annotated[
+        Annotated[int, Meta(ge=1, le=1 << 10)], _doc("resumable streams of a key that run or are kept")
+    ] = 32
 
     gateway_requests_per_minute: Annotated[Count, _doc("a new key's limit; 0: none")] = 60
     gateway_concurrent_requests: Annotated[Count, _doc("a new key's limit of requests in flight; 0: none")] = 20

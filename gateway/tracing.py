@@ -56,7 +56,12 @@ _W3C = TraceContextTextMapPropagator()
 _CONTEXT = ("traceparent", "tracestate")  # https://www.w3.org/TR/trace-context/
 _MODEL = re.compile(rb'"model" ?: ?"([^"\\]{1,256})"')  # in a text of JSON's each of these quotes has a backslash
 # https://opentelemetry.io/docs/specs/semconv/registry/attributes/gen-ai/#gen-ai-operation-name
-_OPERATIONS: Mapping[Kind, str] = {"chat": "chat", "completion": "text_completion", "embedding": "embeddings"}
+_OPERATIONS: Mapping[Kind, str] = {
+    "chat": "chat",
+    "completion": "text_completion",
+    "embedding": "embeddings",
+    "passthrough": "passthrough",  # a name of ours
+}
 _FAILED = ("upstream_error", "upstream_timeout", "interrupted", "gateway_error")  # outcomes that are a server's errors
 
 
@@ -147,7 +152,7 @@ class ServerSpan:
             "server.address": host,
             "server.port": port,
         }
-        span = self._tracer.start_span(f"{operation} {model}", self._inside, SpanKind.CLIENT, attributes)
+        span = self._tracer.start_span(f"{operation} {model}".strip(), self._inside, SpanKind.CLIENT, attributes)
         return ClientSpan(span, self._inside, exchange, stream=stream)
 
     def end(self, exchange: Exchange | None) -> None:
@@ -199,8 +204,8 @@ class ClientSpan:
         """A whole answer."""
         self._model = _model_in(body)
 
-    def end(self, status: int, tally: Tally) -> None:
-        """`status`: of a provider that refused, else 0. `tally`: what counted its stream."""
+    def end(self, status: int, tally: Tally | None) -> None:
+        """`status`: of a provider that refused, else 0. `tally`: what counted its stream, if it is one of chunks."""
         span = self._span
         if span.is_recording():
             if isinstance(tally, NamedTally):

@@ -6,9 +6,10 @@ Rule 3: headers are built here from an allow-list; nothing that a client sent re
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from functools import lru_cache
 from time import monotonic
+from typing import NamedTuple, Protocol
 from urllib.parse import quote, urlsplit
 
 from gateway import __version__
@@ -20,7 +21,7 @@ from gateway.protocol.request import UpstreamRequest
 from gateway.protocol.routing import Provider, Target
 from gateway.settings import Settings
 
-__all__ = ["MAX_ERROR_BODY", "Answer", "Sink", "Upstream"]
+__all__ = ["MAX_ERROR_BODY", "Answer", "Body", "Passed", "Sink", "Upstream"]
 
 MAX_ERROR_BODY = 1 << 20  # bytes of an error answer that are read
 MAX_DOCUMENT = 8 << 20  # bytes of a list of models
@@ -32,11 +33,35 @@ _FRAMING = ("content-length", "transfer-encoding", "connection")
 CLOSED_UNREAD = 1.0  # seconds within which a connection that was closed in the pool says so: some round trips
 
 
+class Body(Protocol):
+    """Of a request, as it comes from the client."""
+
+    @property
+    def length(self) -> int | None:
+        """Bytes; None: nobody knows before its end."""
+        ...
+
+    async def read(self) -> bytes:
+        """The next bytes; b"" at the end. What it raises is none of the provider's."""
+        ...
+
+
+class Passed(NamedTuple):
+    """A request that is passed on by its path, which is joined to the provider's base URL."""
+
+    method: str
+    path: str  # safe as it is: nothing in it is quoted
+    body: bytes | Body = b""
+    headers: Mapping[str, str] = {}
+    query: str = ""
+
+
 class Upstream:
     """Opened and closed by app.py."""
 
     def __init__(self, settings: Settings) -> None:
         self._pool = Pool(settings.gateway_connect_timeout, parse_proxy(settings.gateway_proxy))
+        self._patience = settings.gateway_idle_timeout  # seconds that a provider may read nothing of a body
 
     async def close(self) -> None:
         await self._pool.close()
@@ -52,14 +77,34 @@ class Upstream:
         own = {**request.headers, "Content-Length": str(len(request.body))}
         _pass_on(headers, own)
         origin, head = _head("POST", target, request.path, own)
-        return await self._send(target.provider.name, origin, head, request.body, on_connected)
+        name = target.provider.name
+        return await self._send(name, self._exchange(name, origin, head, request.body, on_connected))
+
+    async def pass_on(
+        self, target: Target, passed: Passed, headers: Mapping[str, str], on_connected: Callable[[], None]
+    ) -> Answer:
+        """As `post`, of any method. Raises what the body's `read` does, too: then the provider has a part of it.
+
+        A body that comes in pieces is sent once, and no further than to the answer, which may come before its end.
+        """
+        name, body, own = target.provider.name, passed.body, dict(passed.headers)
+        if not isinstance(body, bytes) and body.length is None:
+            own["Transfer-Encoding"] = "chunked"
+        elif body or passed.method == "POST":
+            own["Content-Length"] = str(len(body) if isinstance(body, bytes) else body.length)
+        _pass_on(headers, own)
+        path = f"{passed.path}?{passed.query}" if passed.query else passed.path
+        origin, head = _head(passed.method, target, path, own, remembered=False)
+        if isinstance(body, bytes):
+            return await self._send(name, self._exchange(name, origin, head, body, on_connected))
+        return await self._send(name, self._stream(name, origin, head, body, on_connected))
 
     async def get(self, provider: Provider, path: str, timeout: float) -> bytes:
         """A small document of the provider's, such as its list of models. Raises UpstreamError."""
         origin, head = _head("GET", Target(provider, "", provider.api_key), path, {})
         try:
             async with asyncio.timeout(timeout):
-                answer = await self._send(provider.name, origin, head)
+                answer = await self._send(provider.name, self._exchange(provider.name, origin, head, b"", lambda: None))
                 try:
                     if answer.status != 200:
                         raise UpstreamError(f"{provider.name} answered {answer.status}")
@@ -69,17 +114,10 @@ class Upstream:
         except TimeoutError:
             raise UpstreamTimeout(f"{provider.name} did not answer in {timeout:g} s") from None
 
-    async def _send(
-        self,
-        name: str,
-        origin: Origin,
-        head: bytes,
-        body: bytes = b"",
-        on_connected: Callable[[], None] = lambda: None,
-    ) -> Answer:
+    async def _send(self, name: str, exchange: Awaitable[Answer]) -> Answer:
         """`name` is the provider's."""
         try:
-            answer = await self._exchange(name, origin, head, body, on_connected)
+            answer = await exchange
         except Unreachable as error:
             if error.kind == "exhausted":
                 raise Overloaded(error.words.format(name), retry_after=1) from None
@@ -110,6 +148,62 @@ class Upstream:
         connection = await self._pool.connect(origin)
         return await _ask(Answer(connection, name), connection, head, body, on_connected)
 
+    async def _stream(
+        self, name: str, origin: Origin, head: bytes, body: Body, on_connected: Callable[[], None]
+    ) -> Answer:
+        """On a fresh connection: what is written to one that was closed meanwhile cannot be sent again."""
+        connection = await self._pool.connect(origin)
+        answer = Answer(connection, name)
+        try:
+            on_connected()
+            connection.begin(head, answer)
+            await _answered(answer, _send_body(connection, name, body, self._patience))
+        except BaseException:
+            answer.close()
+            raise
+        return answer
+
+
+async def _answered(answer: Answer, sending: Coroutine[None, None, None]) -> None:
+    """Returns when the answer's head is there, whether all was sent or not. Raises what either of them does."""
+    tasks = [asyncio.create_task(sending), asyncio.create_task(answer.head())]
+    sent, heard = tasks
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not heard.done():
+            sent.result()
+        await heard
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _send_body(connection: Connection, name: str, body: Body, patience: float) -> None:
+    """To its end, or to the connection's, of which the answer hears."""
+    chunked = body.length is None
+    while data := await body.read():
+        connection.write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
+        await _taken(connection, name, patience)
+        if not connection.is_open:
+            return
+    if chunked:
+        connection.write(b"0\r\n\r\n")
+    connection.sent()
+
+
+async def _taken(connection: Connection, name: str, patience: float) -> None:
+    """Raises UpstreamTimeout when the provider reads nothing; one that reads slowly is waited for."""
+    while True:
+        unsent = connection.unsent
+        try:
+            async with asyncio.timeout(patience):
+                return await connection.writable()
+        except TimeoutError:
+            if connection.unsent >= unsent:
+                words = f"{name} read nothing of the request for {patience:g} s"
+                raise UpstreamTimeout(words, kind="timeout_idle") from None
+
 
 async def _ask(
     answer: Answer, connection: Connection, head: bytes, body: bytes, on_connected: Callable[[], None]
@@ -135,14 +229,17 @@ def _pass_on(headers: Mapping[str, str], own: dict[str, str]) -> None:
             own[name] = value
 
 
-def _head(method: str, target: Target, path: str, own: dict[str, str]) -> tuple[Origin, bytes]:
+def _head(
+    method: str, target: Target, path: str, own: dict[str, str], *, remembered: bool = True
+) -> tuple[Origin, bytes]:
     """Where a request goes, and its head; `own` are the headers that it does not share with others."""
     provider = target.provider
     if target.own_credential:
         own.update(_credential(provider.auth, target.credential))
     shared = None if target.own_credential else target.credential
     try:
-        origin, fixed = _fixed(
+        make = _fixed if remembered else _fixed.__wrapped__
+        origin, fixed = make(
             method, _url(provider, path), tuple(provider.headers.items()), provider.auth, shared, tuple(own)
         )
         return origin, b"%b%b\r\n" % (fixed, _lines(own.items()))
@@ -151,7 +248,9 @@ def _head(method: str, target: Target, path: str, own: dict[str, str]) -> tuple[
 
 
 def _url(provider: Provider, path: str) -> str:
-    return f"{provider.base_url}{path}?{provider.query}" if provider.query else provider.base_url + path
+    if not provider.query:
+        return provider.base_url + path
+    return f"{provider.base_url}{path}{'&' if '?' in path else '?'}{provider.query}"
 
 
 def _credential(auth: str, credential: str | None) -> dict[str, str]:

@@ -37,7 +37,8 @@ CREATE FUNCTION public.fill_usage_rollups() RETURNS void
         coalesce(user_id, ''), app_id, provider, model,
         sum(requests), sum(errors), sum(client_aborts),
         sum(prompt_tokens), sum(completion_tokens), sum(cached_tokens), sum(cache_write_tokens), sum(reasoning_tokens),
-        sum(cost_micros), sum(unpriced), sum(latency_ms), sum(latency_count), sum(ttft_ms), sum(ttft_count)
+        sum(cost_micros), sum(unpriced), sum(latency_ms), sum(latency_count), sum(ttft_ms), sum(ttft_count),
+        sum(remembered), sum(saved_tokens), sum(saved_micros)
     from (select *, date_trunc('day', hour, 'UTC') as day from usage_hourly) as hours
     group by grouping sets (
         (hour, app_id, provider, model), (day, account_id, key_id, user_id, app_id, provider, model)
@@ -52,7 +53,8 @@ CREATE FUNCTION public.fill_usage_rollups() RETURNS void
         coalesce(user_id, ''), coalesce(app_id, ''), coalesce(provider, ''), coalesce(model, ''),
         sum(requests), sum(errors), sum(client_aborts),
         sum(prompt_tokens), sum(completion_tokens), sum(cached_tokens), sum(cache_write_tokens), sum(reasoning_tokens),
-        sum(cost_micros), sum(unpriced), sum(latency_ms), sum(latency_count), sum(ttft_ms), sum(ttft_count)
+        sum(cost_micros), sum(unpriced), sum(latency_ms), sum(latency_count), sum(ttft_ms), sum(ttft_count),
+        sum(remembered), sum(saved_tokens), sum(saved_micros)
     from (
         select days.*, span, date_trunc(span, start, 'UTC') as beginning
         from usage_rollups as days cross join (values ('day'), ('month')) as spans (span)
@@ -123,6 +125,7 @@ CREATE TABLE public.accounts (
     tokens_per_day bigint DEFAULT 0 NOT NULL,
     cost_micros_per_day bigint DEFAULT 0 NOT NULL,
     cost_micros_per_month bigint DEFAULT 0 NOT NULL,
+    answers_cleared_at timestamp with time zone,
     CONSTRAINT accounts_email_check CHECK ((email = lower(email))),
     CONSTRAINT accounts_role_check CHECK ((role = ANY (ARRAY['admin'::text, 'member'::text])))
 );
@@ -138,6 +141,62 @@ COMMENT ON COLUMN public.accounts.tokens_per_day IS 'Prompt and completion token
 COMMENT ON COLUMN public.accounts.cost_micros_per_day IS 'Micro-dollars of all keys in a day (UTC); 0: no limit.';
 
 COMMENT ON COLUMN public.accounts.cost_micros_per_month IS 'Micro-dollars of all keys in a month (UTC); 0: no limit.';
+
+COMMENT ON COLUMN public.accounts.answers_cleared_at IS 'When its cache was last emptied: what was begun before is not kept.';
+
+CREATE TABLE public.answers (
+    kind text NOT NULL,
+    digest bytea NOT NULL,
+    account_id uuid NOT NULL,
+    asked bytea,
+    exchange_id uuid NOT NULL,
+    status smallint,
+    provider text DEFAULT ''::text NOT NULL,
+    model text DEFAULT ''::text NOT NULL,
+    marks bytea,
+    body bytea,
+    usage jsonb,
+    size integer DEFAULT 0 NOT NULL,
+    kept_at timestamp with time zone DEFAULT now() NOT NULL,
+    expires_at timestamp with time zone NOT NULL,
+    CONSTRAINT answers_kind_check CHECK ((kind = ANY (ARRAY['cache'::text, 'idempotency'::text])))
+);
+ALTER TABLE ONLY public.answers ALTER COLUMN body SET STORAGE EXTERNAL;
+
+COMMENT ON TABLE public.answers IS 'Answers that are given again: to the same request (cache), to the same Idempotency-Key (idempotency).';
+
+COMMENT ON COLUMN public.answers.digest IS 'SHA-256 of the account and all that shapes the answer; or of the account, the path and the Idempotency-Key.';
+
+COMMENT ON COLUMN public.answers.asked IS 'SHA-256 of what the body said that came with an Idempotency-Key.';
+
+COMMENT ON COLUMN public.answers.exchange_id IS 'Whose provider was paid for it: the request_id of a row in usage.';
+
+COMMENT ON COLUMN public.answers.status IS 'HTTP status; null: the answer is being made, by a process that puts expires_at off while it lives.';
+
+COMMENT ON COLUMN public.answers.marks IS 'Of a stream: for each piece the millisecond at which it came and its bytes, as little-endian uint32; null: it was none.';
+
+COMMENT ON COLUMN public.answers.body IS 'What the client was sent, as zlib compresses it.';
+
+COMMENT ON COLUMN public.answers.usage IS 'Tokens that it took, and that each repetition saves.';
+
+COMMENT ON COLUMN public.answers.size IS 'Bytes that count against GATEWAY_CACHE_MAX_BYTES.';
+
+COMMENT ON COLUMN public.answers.expires_at IS 'From when on it is as if it were not there, by the clock of the database.';
+
+CREATE TABLE public.belongings (
+    provider text NOT NULL,
+    kind text NOT NULL,
+    id text NOT NULL,
+    account_id uuid NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT belongings_kind_check CHECK ((kind = ANY (ARRAY['file'::text, 'batch'::text])))
+);
+
+COMMENT ON TABLE public.belongings IS 'Whose the files and batches are that all accounts keep in the one provider account of the operator.';
+
+COMMENT ON COLUMN public.belongings.provider IS 'Its name in the provider table.';
+
+COMMENT ON COLUMN public.belongings.id IS 'The provider''s own, as in file-abc123.';
 
 CREATE TABLE public.keys (
     id text NOT NULL,
@@ -158,6 +217,7 @@ CREATE TABLE public.keys (
     cost_micros_per_month bigint DEFAULT 0 NOT NULL,
     drain_seconds integer DEFAULT 0 NOT NULL,
     expires_at timestamp with time zone,
+    cache_ttl integer DEFAULT 0 NOT NULL,
     CONSTRAINT keys_concurrent_requests_check CHECK ((concurrent_requests >= 0)),
     CONSTRAINT keys_id_check CHECK ((length(id) = 12)),
     CONSTRAINT keys_requests_per_minute_check CHECK ((requests_per_minute >= 0))
@@ -192,6 +252,8 @@ COMMENT ON COLUMN public.keys.cost_micros_per_month IS 'Micro-dollars of a month
 COMMENT ON COLUMN public.keys.drain_seconds IS 'Seconds that a provider is read on for a client that left; 0: it is closed at once.';
 
 COMMENT ON COLUMN public.keys.expires_at IS 'From when on it is refused, by the clock of the database; null: never.';
+
+COMMENT ON COLUMN public.keys.cache_ttl IS 'Seconds that answers are kept and shared where a request says nothing of it; 0: not at all.';
 
 CREATE TABLE public.secrets (
     name text NOT NULL,
@@ -238,11 +300,14 @@ CREATE TABLE public.usage (
     latency_ms integer CONSTRAINT usage_latency_ms_not_null1 NOT NULL,
     ttft_ms integer,
     cost_micros bigint,
-    CONSTRAINT usage_usage_source_check CHECK ((usage_source = ANY (ARRAY['provider'::text, 'counted'::text, 'estimated'::text])))
+    source text DEFAULT 'provider'::text NOT NULL,
+    source_id uuid,
+    saved_tokens bigint DEFAULT 0 NOT NULL,
+    saved_micros bigint
 )
 PARTITION BY RANGE (started_at);
 
-COMMENT ON TABLE public.usage IS 'One row for every request that reached a provider, however it ended. A partition a month (UTC).';
+COMMENT ON TABLE public.usage IS 'One row for every request that reached a provider, or was answered without one. A partition a month (UTC).';
 
 COMMENT ON COLUMN public.usage.request_id IS 'The gateway''s own UUIDv7, X-Request-Id of the response.';
 
@@ -264,9 +329,19 @@ COMMENT ON COLUMN public.usage.cache_write_tokens IS 'Part of prompt_tokens.';
 
 COMMENT ON COLUMN public.usage.reasoning_tokens IS 'Part of completion_tokens.';
 
+COMMENT ON COLUMN public.usage.usage_source IS 'Who counted the tokens; none: no provider was asked, so there are none.';
+
 COMMENT ON COLUMN public.usage.ttft_ms IS 'From the request''s arrival to the first text of the model; null: none came.';
 
 COMMENT ON COLUMN public.usage.cost_micros IS 'Micro-dollars, a millionth of a US dollar; null: no price is known.';
+
+COMMENT ON COLUMN public.usage.source IS 'Who made the answer: provider; else nobody for this request: cache, shared (with one in flight) or replay (of its Idempotency-Key).';
+
+COMMENT ON COLUMN public.usage.source_id IS 'The request whose provider made it, and that paid; null: this one.';
+
+COMMENT ON COLUMN public.usage.saved_tokens IS 'Of prompt and completion, which it would have used by itself.';
+
+COMMENT ON COLUMN public.usage.saved_micros IS 'Micro-dollars that these would have cost; null: nothing was saved, or no price is known.';
 
 CREATE TABLE public.usage_hourly (
     account_id uuid NOT NULL,
@@ -289,7 +364,10 @@ CREATE TABLE public.usage_hourly (
     latency_ms bigint NOT NULL,
     latency_count bigint NOT NULL,
     ttft_ms bigint NOT NULL,
-    ttft_count bigint NOT NULL
+    ttft_count bigint NOT NULL,
+    remembered bigint DEFAULT 0 NOT NULL,
+    saved_tokens bigint DEFAULT 0 NOT NULL,
+    saved_micros bigint DEFAULT 0 NOT NULL
 )
 WITH (fillfactor='70');
 
@@ -299,7 +377,7 @@ COMMENT ON COLUMN public.usage_hourly.hour IS 'Begin of the hour (UTC) in which 
 
 COMMENT ON COLUMN public.usage_hourly.requests IS 'Rows of table usage.';
 
-COMMENT ON COLUMN public.usage_hourly.errors IS 'Requests that ended neither well nor by the client''s leaving.';
+COMMENT ON COLUMN public.usage_hourly.errors IS 'Requests that ended neither well, nor by the client''s leaving, nor by a budget.';
 
 COMMENT ON COLUMN public.usage_hourly.client_aborts IS 'Requests whose client left first.';
 
@@ -319,11 +397,17 @@ COMMENT ON COLUMN public.usage_hourly.unpriced IS 'Requests for which no price i
 
 COMMENT ON COLUMN public.usage_hourly.latency_ms IS 'Sum over latency_count requests.';
 
-COMMENT ON COLUMN public.usage_hourly.latency_count IS 'Requests but those whose end nobody saw.';
+COMMENT ON COLUMN public.usage_hourly.latency_count IS 'Requests that a provider was asked for, but those whose end nobody saw.';
 
 COMMENT ON COLUMN public.usage_hourly.ttft_ms IS 'Sum over ttft_count requests.';
 
-COMMENT ON COLUMN public.usage_hourly.ttft_count IS 'Requests that got a first text.';
+COMMENT ON COLUMN public.usage_hourly.ttft_count IS 'Requests that a provider was asked for and that got a first text.';
+
+COMMENT ON COLUMN public.usage_hourly.remembered IS 'Requests that were answered without a provider, and were no errors.';
+
+COMMENT ON COLUMN public.usage_hourly.saved_tokens IS 'Of prompt and completion, which requests that no provider was asked for would have used.';
+
+COMMENT ON COLUMN public.usage_hourly.saved_micros IS 'Micro-dollars that these would have cost, where a price is known.';
 
 CREATE TABLE public.usage_rollups (
     rollup text NOT NULL,
@@ -347,7 +431,10 @@ CREATE TABLE public.usage_rollups (
     latency_ms bigint NOT NULL,
     latency_count bigint NOT NULL,
     ttft_ms bigint NOT NULL,
-    ttft_count bigint NOT NULL
+    ttft_count bigint NOT NULL,
+    remembered bigint DEFAULT 0 NOT NULL,
+    saved_tokens bigint DEFAULT 0 NOT NULL,
+    saved_micros bigint DEFAULT 0 NOT NULL
 )
 PARTITION BY LIST (rollup);
 
@@ -383,7 +470,10 @@ CREATE VIEW public.usage_cells AS
     usage_rollups.latency_ms,
     usage_rollups.latency_count,
     usage_rollups.ttft_ms,
-    usage_rollups.ttft_count
+    usage_rollups.ttft_count,
+    usage_rollups.remembered,
+    usage_rollups.saved_tokens,
+    usage_rollups.saved_micros
    FROM public.usage_rollups
 UNION ALL
  SELECT 'hour'::text AS source,
@@ -407,7 +497,10 @@ UNION ALL
     usage_hourly.latency_ms,
     usage_hourly.latency_count,
     usage_hourly.ttft_ms,
-    usage_hourly.ttft_count
+    usage_hourly.ttft_count,
+    usage_hourly.remembered,
+    usage_hourly.saved_tokens,
+    usage_hourly.saved_micros
    FROM public.usage_hourly
 UNION ALL
  SELECT 'row'::text AS source,
@@ -428,10 +521,19 @@ UNION ALL
     usage.reasoning_tokens,
     COALESCE(usage.cost_micros, (0)::bigint) AS cost_micros,
     ((usage.cost_micros IS NULL))::integer AS unpriced,
-    usage.latency_ms,
-    (((usage.outcome <> 'interrupted'::text) OR (usage.latency_ms > 0)))::integer AS latency_count,
-    COALESCE(usage.ttft_ms, 0) AS ttft_ms,
-    ((usage.ttft_ms IS NOT NULL))::integer AS ttft_count
+        CASE usage.source
+            WHEN 'provider'::text THEN usage.latency_ms
+            ELSE 0
+        END AS latency_ms,
+    (((usage.source = 'provider'::text) AND ((usage.outcome <> 'interrupted'::text) OR (usage.latency_ms > 0))))::integer AS latency_count,
+        CASE usage.source
+            WHEN 'provider'::text THEN COALESCE(usage.ttft_ms, 0)
+            ELSE 0
+        END AS ttft_ms,
+    (((usage.source = 'provider'::text) AND (usage.ttft_ms IS NOT NULL)))::integer AS ttft_count,
+    (((usage.source <> 'provider'::text) AND (usage.outcome = ANY (ARRAY['ok'::text, 'client_abort'::text, 'budget_exhausted'::text]))))::integer AS remembered,
+    usage.saved_tokens,
+    COALESCE(usage.saved_micros, (0)::bigint) AS saved_micros
    FROM public.usage;
 
 COMMENT ON VIEW public.usage_cells IS 'All that figures are made of, from single rows to months: name the source, or all is counted many times.';
@@ -490,7 +592,10 @@ CREATE TABLE public.usage_day_by_all (
     latency_ms bigint CONSTRAINT usage_rollups_latency_ms_not_null NOT NULL,
     latency_count bigint CONSTRAINT usage_rollups_latency_count_not_null NOT NULL,
     ttft_ms bigint CONSTRAINT usage_rollups_ttft_ms_not_null NOT NULL,
-    ttft_count bigint CONSTRAINT usage_rollups_ttft_count_not_null NOT NULL
+    ttft_count bigint CONSTRAINT usage_rollups_ttft_count_not_null NOT NULL,
+    remembered bigint DEFAULT 0 CONSTRAINT usage_rollups_remembered_not_null NOT NULL,
+    saved_tokens bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_tokens_not_null NOT NULL,
+    saved_micros bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_micros_not_null NOT NULL
 )
 WITH (fillfactor='70');
 
@@ -516,7 +621,10 @@ CREATE TABLE public.usage_day_by_key (
     latency_ms bigint CONSTRAINT usage_rollups_latency_ms_not_null NOT NULL,
     latency_count bigint CONSTRAINT usage_rollups_latency_count_not_null NOT NULL,
     ttft_ms bigint CONSTRAINT usage_rollups_ttft_ms_not_null NOT NULL,
-    ttft_count bigint CONSTRAINT usage_rollups_ttft_count_not_null NOT NULL
+    ttft_count bigint CONSTRAINT usage_rollups_ttft_count_not_null NOT NULL,
+    remembered bigint DEFAULT 0 CONSTRAINT usage_rollups_remembered_not_null NOT NULL,
+    saved_tokens bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_tokens_not_null NOT NULL,
+    saved_micros bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_micros_not_null NOT NULL
 )
 WITH (fillfactor='70');
 
@@ -542,7 +650,10 @@ CREATE TABLE public.usage_day_by_model (
     latency_ms bigint CONSTRAINT usage_rollups_latency_ms_not_null NOT NULL,
     latency_count bigint CONSTRAINT usage_rollups_latency_count_not_null NOT NULL,
     ttft_ms bigint CONSTRAINT usage_rollups_ttft_ms_not_null NOT NULL,
-    ttft_count bigint CONSTRAINT usage_rollups_ttft_count_not_null NOT NULL
+    ttft_count bigint CONSTRAINT usage_rollups_ttft_count_not_null NOT NULL,
+    remembered bigint DEFAULT 0 CONSTRAINT usage_rollups_remembered_not_null NOT NULL,
+    saved_tokens bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_tokens_not_null NOT NULL,
+    saved_micros bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_micros_not_null NOT NULL
 )
 WITH (fillfactor='70');
 
@@ -568,7 +679,10 @@ CREATE TABLE public.usage_day_by_user (
     latency_ms bigint CONSTRAINT usage_rollups_latency_ms_not_null NOT NULL,
     latency_count bigint CONSTRAINT usage_rollups_latency_count_not_null NOT NULL,
     ttft_ms bigint CONSTRAINT usage_rollups_ttft_ms_not_null NOT NULL,
-    ttft_count bigint CONSTRAINT usage_rollups_ttft_count_not_null NOT NULL
+    ttft_count bigint CONSTRAINT usage_rollups_ttft_count_not_null NOT NULL,
+    remembered bigint DEFAULT 0 CONSTRAINT usage_rollups_remembered_not_null NOT NULL,
+    saved_tokens bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_tokens_not_null NOT NULL,
+    saved_micros bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_micros_not_null NOT NULL
 )
 WITH (fillfactor='70');
 
@@ -597,7 +711,10 @@ CREATE TABLE public.usage_default (
     latency_ms integer CONSTRAINT usage_latency_ms_not_null1 NOT NULL,
     ttft_ms integer,
     cost_micros bigint,
-    CONSTRAINT usage_usage_source_check CHECK ((usage_source = ANY (ARRAY['provider'::text, 'counted'::text, 'estimated'::text])))
+    source text DEFAULT 'provider'::text CONSTRAINT usage_source_not_null NOT NULL,
+    source_id uuid,
+    saved_tokens bigint DEFAULT 0 CONSTRAINT usage_saved_tokens_not_null NOT NULL,
+    saved_micros bigint
 );
 
 CREATE TABLE public.usage_hour_by_model (
@@ -622,7 +739,10 @@ CREATE TABLE public.usage_hour_by_model (
     latency_ms bigint CONSTRAINT usage_rollups_latency_ms_not_null NOT NULL,
     latency_count bigint CONSTRAINT usage_rollups_latency_count_not_null NOT NULL,
     ttft_ms bigint CONSTRAINT usage_rollups_ttft_ms_not_null NOT NULL,
-    ttft_count bigint CONSTRAINT usage_rollups_ttft_count_not_null NOT NULL
+    ttft_count bigint CONSTRAINT usage_rollups_ttft_count_not_null NOT NULL,
+    remembered bigint DEFAULT 0 CONSTRAINT usage_rollups_remembered_not_null NOT NULL,
+    saved_tokens bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_tokens_not_null NOT NULL,
+    saved_micros bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_micros_not_null NOT NULL
 )
 WITH (fillfactor='70');
 
@@ -648,7 +768,10 @@ CREATE TABLE public.usage_month_by_all (
     latency_ms bigint CONSTRAINT usage_rollups_latency_ms_not_null NOT NULL,
     latency_count bigint CONSTRAINT usage_rollups_latency_count_not_null NOT NULL,
     ttft_ms bigint CONSTRAINT usage_rollups_ttft_ms_not_null NOT NULL,
-    ttft_count bigint CONSTRAINT usage_rollups_ttft_count_not_null NOT NULL
+    ttft_count bigint CONSTRAINT usage_rollups_ttft_count_not_null NOT NULL,
+    remembered bigint DEFAULT 0 CONSTRAINT usage_rollups_remembered_not_null NOT NULL,
+    saved_tokens bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_tokens_not_null NOT NULL,
+    saved_micros bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_micros_not_null NOT NULL
 )
 WITH (fillfactor='70');
 
@@ -674,7 +797,10 @@ CREATE TABLE public.usage_month_by_key (
     latency_ms bigint CONSTRAINT usage_rollups_latency_ms_not_null NOT NULL,
     latency_count bigint CONSTRAINT usage_rollups_latency_count_not_null NOT NULL,
     ttft_ms bigint CONSTRAINT usage_rollups_ttft_ms_not_null NOT NULL,
-    ttft_count bigint CONSTRAINT usage_rollups_ttft_count_not_null NOT NULL
+    ttft_count bigint CONSTRAINT usage_rollups_ttft_count_not_null NOT NULL,
+    remembered bigint DEFAULT 0 CONSTRAINT usage_rollups_remembered_not_null NOT NULL,
+    saved_tokens bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_tokens_not_null NOT NULL,
+    saved_micros bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_micros_not_null NOT NULL
 )
 WITH (fillfactor='70');
 
@@ -700,7 +826,10 @@ CREATE TABLE public.usage_month_by_model (
     latency_ms bigint CONSTRAINT usage_rollups_latency_ms_not_null NOT NULL,
     latency_count bigint CONSTRAINT usage_rollups_latency_count_not_null NOT NULL,
     ttft_ms bigint CONSTRAINT usage_rollups_ttft_ms_not_null NOT NULL,
-    ttft_count bigint CONSTRAINT usage_rollups_ttft_count_not_null NOT NULL
+    ttft_count bigint CONSTRAINT usage_rollups_ttft_count_not_null NOT NULL,
+    remembered bigint DEFAULT 0 CONSTRAINT usage_rollups_remembered_not_null NOT NULL,
+    saved_tokens bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_tokens_not_null NOT NULL,
+    saved_micros bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_micros_not_null NOT NULL
 )
 WITH (fillfactor='70');
 
@@ -726,7 +855,10 @@ CREATE TABLE public.usage_month_by_user (
     latency_ms bigint CONSTRAINT usage_rollups_latency_ms_not_null NOT NULL,
     latency_count bigint CONSTRAINT usage_rollups_latency_count_not_null NOT NULL,
     ttft_ms bigint CONSTRAINT usage_rollups_ttft_ms_not_null NOT NULL,
-    ttft_count bigint CONSTRAINT usage_rollups_ttft_count_not_null NOT NULL
+    ttft_count bigint CONSTRAINT usage_rollups_ttft_count_not_null NOT NULL,
+    remembered bigint DEFAULT 0 CONSTRAINT usage_rollups_remembered_not_null NOT NULL,
+    saved_tokens bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_tokens_not_null NOT NULL,
+    saved_micros bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_micros_not_null NOT NULL
 )
 WITH (fillfactor='70');
 
@@ -762,8 +894,17 @@ ALTER TABLE ONLY public.accounts
 ALTER TABLE public.accounts
     ADD CONSTRAINT accounts_tokens_check CHECK (((tokens_per_minute >= 0) AND (tokens_per_day >= 0))) NOT VALID;
 
+ALTER TABLE ONLY public.answers
+    ADD CONSTRAINT answers_pkey PRIMARY KEY (kind, digest);
+
+ALTER TABLE ONLY public.belongings
+    ADD CONSTRAINT belongings_pkey PRIMARY KEY (provider, kind, id);
+
 ALTER TABLE public.keys
     ADD CONSTRAINT keys_burst_check CHECK ((burst >= 0)) NOT VALID;
+
+ALTER TABLE public.keys
+    ADD CONSTRAINT keys_cache_ttl_check CHECK (((cache_ttl >= 0) AND (cache_ttl <= 2592000))) NOT VALID;
 
 ALTER TABLE public.keys
     ADD CONSTRAINT keys_cost_check CHECK (((cost_micros_per_day >= 0) AND (cost_micros_per_month >= 0))) NOT VALID;
@@ -827,6 +968,15 @@ ALTER TABLE ONLY public.usage_month_by_model
 
 ALTER TABLE ONLY public.usage_month_by_user
     ADD CONSTRAINT usage_month_by_user_pkey PRIMARY KEY (rollup, account_id, start, key_id, user_id, app_id, provider, model);
+
+ALTER TABLE public.usage
+    ADD CONSTRAINT usage_usage_source_check CHECK ((usage_source = ANY (ARRAY['provider'::text, 'counted'::text, 'estimated'::text, 'none'::text]))) NOT VALID;
+
+CREATE INDEX answers_account_id ON public.answers USING btree (account_id, kind, kept_at) INCLUDE (size);
+
+CREATE INDEX answers_expires_at ON public.answers USING btree (expires_at);
+
+CREATE INDEX belongings_account_id ON public.belongings USING btree (account_id);
 
 CREATE INDEX keys_account_id ON public.keys USING btree (account_id);
 
@@ -933,6 +1083,12 @@ ALTER INDEX public.usage_rollups_start ATTACH PARTITION public.usage_month_by_mo
 ALTER INDEX public.usage_rollups_pkey ATTACH PARTITION public.usage_month_by_user_pkey;
 
 ALTER INDEX public.usage_rollups_start ATTACH PARTITION public.usage_month_by_user_start_idx;
+
+ALTER TABLE ONLY public.answers
+    ADD CONSTRAINT answers_account_id_fkey FOREIGN KEY (account_id) REFERENCES public.accounts(id) ON DELETE CASCADE;
+
+ALTER TABLE ONLY public.belongings
+    ADD CONSTRAINT belongings_account_id_fkey FOREIGN KEY (account_id) REFERENCES public.accounts(id) ON DELETE CASCADE;
 
 ALTER TABLE ONLY public.keys
     ADD CONSTRAINT keys_account_id_fkey FOREIGN KEY (account_id) REFERENCES public.accounts(id);

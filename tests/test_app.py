@@ -204,3 +204,24 @@ async def test_a_background_task_that_fails_is_said_counted_and_begun_anew(
     await application._forever("counting", work, lambda: counted.append(None))
     assert (len(begun), len(counted)) == (3, 2)
     assert "background task failed: counting" in caplog.text
+
+
+async def test_a_task_that_loses_a_cancellation_is_cancelled_again() -> None:
+    """As asyncio.wait_for makes it do before Python 3.12, in the moment in which what it waits for is done."""
+    lost: list[None] = []
+
+    async def work() -> None:
+        while True:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                if lost:
+                    raise
+                lost.append(None)
+
+    tasks = [asyncio.create_task(work()), asyncio.create_task(asyncio.sleep(60))]
+    await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await application._end(tasks)
+    assert lost == [None]
+    assert all(task.cancelled() for task in tasks)

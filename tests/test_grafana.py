@@ -143,18 +143,19 @@ def _assert_columns(one: dashboards.Asked, row: asyncpg.Record) -> None:
 
 
 async def test_figures_of_the_spend_dashboard_are_those_of_the_rows(database_url: str, pool: asyncpg.Pool) -> None:
-    """Two hours of two owners: what a million cached tokens of gpt-4o save is 1.25 dollars, by its list price."""
+    """Two hours of two owners: what a million cached tokens of gpt-4o save is 1.25 dollars, by its list price. One more
+    request of each was answered without a provider."""
     ada, bob = UUID(int=1), UUID(int=2)
     await pool.executemany(
         "insert into accounts (id, email, password_hash, role) values ($1, $2, '', 'member')",
         [(ada, "ada@example.com"), (bob, "o'brien@example.com")],
     )
     hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
-    cells = [(ada, hour, "openai", "gpt-4o", 2, 3_000_000, 1_000_000), (bob, hour, "ollama", "llama3.2", 6, 1_000, 0)]
+    cells = [(ada, hour, "openai", "gpt-4o", 3, 3_000_000, 1_000_000), (bob, hour, "ollama", "llama3.2", 7, 1_000, 0)]
     await pool.executemany(
         """
         insert into usage_hourly values (
-            $1, $2, 'abcdefghijkl', 'user', 'app', $3, $4, $5, 1, 0, $6, 500, $7, 0, 0, 4000000, 1, 0, 0, 0, 0
+            $1, $2, 'abcdefghijkl', 'user', 'app', $3, $4, $5, 1, 0, $6, 500, $7, 0, 0, 4000000, 1, 0, 0, 0, 0, 1, 900, 250000
         )""",
         cells,
     )
@@ -167,7 +168,11 @@ async def test_figures_of_the_spend_dashboard_are_those_of_the_rows(database_url
 
         assert [row["value"] for row in await rows("Cost")] == [8]
         assert [row["value"] for row in await rows("Cost", "o'brien@example.com")] == [4]
-        assert [row["value"] for row in await rows("Requests without a price")] == [0.25]
+        assert [row["value"] for row in await rows("Requests without a price")] == [0.2]
+        assert [row["value"] for row in await rows("Saved by remembering")] == [0.5]
+        assert [row["value"] for row in await rows("Answered without a provider")] == [0.2]
+        course = {row["metric"]: row["value"] for row in await rows("Saved by remembering, by model")}
+        assert course == {"gpt-4o": 0.25, "llama3.2": 0.25}
         saved = {row["Model"]: row["Saved"] for row in await rows("Savings by model")}
         assert saved == {"gpt-4o": pytest.approx(1.25), "llama3.2": None}
         assert {row["Owner"]: row["Errors"] for row in await rows("Users")} == {
@@ -230,7 +235,8 @@ def run_psql(database_url: str, file: Path) -> None:
 
 @asynccontextmanager
 async def loaded(database_url: str, redis_url: str, folder: Path) -> AsyncIterator[Gateway]:
-    """A gateway that is asked all the time: well, wrongly, too often, of a provider that fails, and for an open stream."""
+    """A gateway that is asked all the time: well, wrongly, too often, of a provider that fails, twice at once for the
+    same, and for an open stream."""
     config = folder / "gateway.toml"
     config.write_text(PRICES)
     async with running_gateway(database_url, redis_url, {"GATEWAY_CONFIG": str(config)}) as gateway:
@@ -254,11 +260,12 @@ async def _ask_on(gateway: Gateway) -> None:
                 ("openai/mock-gpt", "aig_wrong"),
             ):
                 await _call(client, gateway, model, key)
+            await asyncio.gather(*(_call(client, gateway, STREAMED, gateway.api_key, "ttl=60") for _ in range(2)))
             await asyncio.sleep(0.1)
 
 
-async def _call(client: aiohttp.ClientSession, gateway: Gateway, model: str, key: str) -> None:
-    headers = {"Authorization": f"Bearer {key}", "X-User-Id": "ada", "X-App-Id": "shop"}
+async def _call(client: aiohttp.ClientSession, gateway: Gateway, model: str, key: str, cache: str = "bypass") -> None:
+    headers = {"Authorization": f"Bearer {key}", "X-User-Id": "ada", "X-App-Id": "shop", "X-Gateway-Cache": cache}
     body = chat_body(model, stream=True)
     async with client.post(f"{gateway.base_url}/chat/completions", json=body, headers=headers) as response:
         async for _ in response.content:

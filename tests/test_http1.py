@@ -410,3 +410,41 @@ def test_a_request_is_sent_whole(size: int) -> None:
     line = Line()
     line.connection.send(b"POST / HTTP/1.1\r\n\r\n", b"x" * size, Heard())
     assert line.wire.sent == b"POST / HTTP/1.1\r\n\r\n" + b"x" * size
+
+
+# --- a body in pieces
+
+
+def test_a_body_in_pieces_is_on_the_wire_as_it_was_written_and_its_connection_comes_back_when_it_is_whole() -> None:
+    line, heard = Line(), Heard()
+    line.connection.begin(b"POST / HTTP/1.1\r\n\r\n", heard)
+    line.connection.write(b"ab")
+    line.connection.write(b"c")
+    line.connection.sent()
+    assert line.wire.sent == b"POST / HTTP/1.1\r\n\r\nabc"
+    line.connection.data_received(OK + b"Content-Length: 2\r\n\r\nhi")
+    assert (heard.said, line.free, line.wire.closed) == ((200, b"hi", True, None), 1, False)
+    assert line.hear(OK + b"Content-Length: 2\r\n\r\nhi").whole  # and carries the next one
+    assert line.free == 2
+
+
+def test_an_answer_before_the_end_of_a_body_is_whole_and_costs_the_connection() -> None:
+    line, heard = Line(), Heard()
+    line.connection.begin(b"POST / HTTP/1.1\r\n\r\n", heard)
+    line.connection.write(b"ab")
+    line.connection.data_received(OK + b"Content-Length: 2\r\n\r\nhi")
+    assert (heard.said, line.free, line.wire.closed) == ((200, b"hi", True, None), 0, True)
+    line.connection.write(b"c")
+    assert line.wire.sent.endswith(b"ab")
+
+
+async def test_who_writes_waits_until_the_kernel_takes_more_or_the_connection_is_gone() -> None:
+    line = Line()
+    await line.connection.writable()
+    for wake in (line.connection.resume_writing, line.lose):
+        line.connection.pause_writing()
+        waiting = asyncio.ensure_future(line.connection.writable())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        wake()
+        await waiting

@@ -3,17 +3,20 @@ import random
 import re
 import timeit
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from time import monotonic
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from gateway import labels
 from gateway.breaker import STATES
-from gateway.exchange import Exchange
+from gateway.exchange import Exchange, Source
 from gateway.labels import INTER_TOKEN_SECONDS
 from gateway.metrics import Metrics
 from gateway.protocol.errors import UPSTREAM_ERROR_KINDS
@@ -335,6 +338,56 @@ def test_a_request_that_was_refused_has_no_provider_and_no_tokens() -> None:
     assert value(metrics, "gateway_requests_total", model=OTHER, provider="none", status="401") == 1
     assert not [s for s in samples(metrics) if s.name == "gateway_tokens_total"]
     assert value(metrics, "gateway_overhead_seconds_count") == 0
+
+
+def remembered(source: Source, **changes: Any) -> Exchange:
+    """One that was answered without a provider, and that would have used 15 tokens."""
+    made = replace(exchange(), source=source, saved=Usage(10, 5), saved_micros=70, upstream_ms=0.0)
+    return replace(made, **changes)
+
+
+@pytest.mark.parametrize(("source", "result"), [("cache", "hit"), ("shared", "shared"), ("replay", "replay")])
+def test_an_answer_without_a_provider_counts_what_it_saved_and_is_in_no_providers_figures(
+    source: Source, result: str
+) -> None:
+    metrics = metrics_that_know(["gpt-4o"], ["openai"])
+    metrics.exchange_ended(remembered(source))
+    assert value(metrics, "gateway_cache_requests_total", result=result) == 1
+    assert sum(s.value for s in samples(metrics) if s.name == "gateway_cache_requests_total") == 1
+    assert value(metrics, "gateway_saved_tokens_total", model="gpt-4o", provider="openai") == 15
+    assert value(metrics, "gateway_saved_cost_micros_total", model="gpt-4o", provider="openai") == 70
+    assert value(metrics, "gateway_requests_total", model="gpt-4o", provider="none", status="200") == 1
+    for name in ("gateway_request_duration_ms_count", "gateway_time_to_first_token_seconds_count"):
+        assert value(metrics, name, provider="openai") == 0
+    assert not [s for s in samples(metrics) if s.name in ("gateway_tokens_total", "gateway_cost_micros_total")]
+    assert not [s for s in samples(metrics) if s.labels.get("provider") == "openai" and "status" in s.labels]
+
+
+def test_what_was_saved_of_a_model_without_a_price_is_tokens_alone() -> None:
+    metrics = metrics_that_know(["gpt-4o"])
+    metrics.exchange_ended(remembered("cache", saved_micros=None))
+    assert value(metrics, "gateway_saved_tokens_total", model="gpt-4o", provider="openai") == 15
+    assert value(metrics, "gateway_saved_cost_micros_total", model="gpt-4o", provider="openai") == 0
+
+
+def test_a_client_that_left_a_shared_answer_left_and_saved_nothing() -> None:
+    metrics = metrics_that_know(["gpt-4o"])
+    metrics.exchange_ended(remembered("shared", saved=None, saved_micros=None, outcome="client_abort"))
+    assert value(metrics, "gateway_client_aborts_total", phase="stream") == 1
+    assert not [s for s in samples(metrics) if s.name == "gateway_saved_tokens_total"]
+
+
+@pytest.mark.parametrize(("header", "counted"), [("miss", 1), ("bypass", 1), ("hit", 0), ("", 0), ("canary", 0)])
+def test_what_a_provider_was_asked_for_is_a_miss_or_a_bypass_where_a_cache_was_spoken_of(
+    header: str, counted: int
+) -> None:
+    metrics = metrics_that_know(["gpt-4o"])
+    asked = exchange()
+    asked.headers.update({"X-Gateway-Cache": header} if header else {})
+    metrics.exchange_ended(asked, Usage(10, 5), "provider")
+    counts = {s.labels["result"]: s.value for s in samples(metrics) if s.name == "gateway_cache_requests_total"}
+    assert counts == {**dict.fromkeys(labels.CACHE_RESULTS, 0), **({header: 1} if counted else {})}
+    assert value(metrics, "gateway_requests_total", model="gpt-4o", provider="openai", status="200") == 1
 
 
 def test_a_status_that_is_none_is_no_label() -> None:

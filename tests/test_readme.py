@@ -5,10 +5,15 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
+import httpx2
 import pytest
 
+from gateway import appkeys
+from tests.support.gateway import chat_body, running_gateway
 from tests.support.process import new_key, serving
+from tests.support.proxy import Proxy
 
 pytestmark = pytest.mark.integration
 
@@ -50,6 +55,37 @@ async def test_the_lines_to_paste_for_curl_python_and_node_show_tokens(
                     assert out.endswith(b"data: [DONE]\n\n")
         finally:
             script.unlink()
+
+
+async def test_the_lines_that_continue_a_stream_do_so(database_url: str, redis_url: str) -> None:
+    code: dict[str, Any] = {}
+    exec(block("python", "def stream("), code)
+    async with running_gateway(database_url, redis_url) as gateway:
+        proxy = Proxy(gateway.root_url.removeprefix("http://"))
+        await proxy.start()
+        got: list[bytes] = []
+
+        def read() -> None:
+            body = chat_body("openai/mock-gpt?tokens=100&pace_ms=20", stream=True)
+            with httpx2.Client(base_url=f"http://127.0.0.1:{proxy.port}/v1", headers=gateway.headers) as http:
+                got.extend(code["stream"](http, body))
+
+        reading = asyncio.create_task(asyncio.to_thread(read))
+        for cut_at in (10, 30, 60):
+            async with asyncio.timeout(20):
+                while len(b"".join(got).split(b"\n\n")) < cut_at and not reading.done():
+                    await asyncio.sleep(0.01)
+            await proxy.cut()
+            await proxy.mend()
+        await reading
+        await proxy.cut()
+        assert len(gateway.calls) == 1
+        assert gateway.app[appkeys.METRICS].resumed_streams.labels("joined").value == 3
+        events = b"".join(got).decode().split("\n\n")
+        assert events[-2:] == ["data: [DONE]", ""] and len(events) > 100
+        [row] = await gateway.rows()
+        assert sum('"content":"' in event for event in events) >= row["completion_tokens"]
+        assert all(event.startswith("data: {") and event.endswith("}") for event in events[:-2])
 
 
 def test_every_endpoint_is_in_the_readme_and_every_one_in_the_readme_is_there() -> None:

@@ -22,6 +22,9 @@ ASKERS = (
 OPEN = [200] * 12
 KEY = [401, 401, 401, 200, 200, 200, 401, 401, 401, 401, 200, 403]
 ANY = [401, 401, 401, 200, 200, 200, 401, 200, 200, 200, 200, 403]
+KEY_OWN = [401, 401, 401, 200, 404, 200, 401, 401, 401, 401, 200, 403]
+# A key gets as far as the body, which is none.
+KEY_BODY = [401, 401, 401, 400, 400, 400, 401, 401, 401, 401, 400, 403]
 OWN = [401, 401, 401, 200, 404, 200, 401, 200, 404, 200, 200, 403]
 ADMIN = [401, 401, 401, 403, 403, 200, 401, 403, 403, 200, 403, 403]
 
@@ -30,6 +33,23 @@ MATRIX: dict[tuple[str, str], list[int]] = {
     ("POST", "/v1/chat/completions"): KEY,
     ("POST", "/v1/completions"): KEY,
     ("POST", "/v1/embeddings"): KEY,
+    ("POST", "/v1/images/generations"): KEY_BODY,
+    ("POST", "/v1/images/edits"): KEY_BODY,
+    ("POST", "/v1/images/variations"): KEY_BODY,
+    ("POST", "/v1/audio/speech"): KEY_BODY,
+    ("POST", "/v1/audio/transcriptions"): KEY_BODY,
+    ("POST", "/v1/audio/translations"): KEY_BODY,
+    ("POST", "/v1/moderations"): KEY,
+    ("POST", "/v1/files"): KEY_BODY,
+    ("GET", "/v1/files"): KEY,
+    ("GET", "/v1/files/{id}"): KEY_OWN,
+    ("GET", "/v1/files/{id}/content"): KEY_OWN,
+    ("DELETE", "/v1/files/{id}"): KEY_OWN,
+    ("POST", "/v1/batches"): [401, 401, 401, 404, 404, 404, 401, 401, 401, 401, 404, 403],
+    ("GET", "/v1/batches"): KEY,
+    ("GET", "/v1/batches/{id}"): KEY_OWN,
+    ("POST", "/v1/batches/{id}/cancel"): KEY_OWN,
+    ("GET", "/v1/streams/{id}"): [401, 401, 401, 404, 404, 404, 401, 401, 401, 401, 404, 403],
     ("GET", "/v1/models"): KEY,
     ("GET", "/v1/models/{id}"): KEY,
     ("GET", "/health"): OPEN,
@@ -53,6 +73,7 @@ MATRIX: dict[tuple[str, str], list[int]] = {
     ("PATCH", "/auth/users/{id}"): [401, 401, 401, 403, 404, 200, 401, 403, 404, 200, 403, 403],
     ("GET", "/api/stats"): ANY,
     ("GET", "/api/latency"): ANY,
+    ("DELETE", "/api/cache"): ANY,
     ("GET", "/api/live"): ADMIN,
     ("GET", "/api/usage"): ANY,
     ("GET", "/api/usage/{id}"): OWN,
@@ -134,13 +155,34 @@ async def answer_to(world: World, asker: str, method: str, template: str) -> int
     """The status. What is asked about is the asker's own, but for `another's` and the admin's."""
     about = world.people["ben" if "another's" in asker or "admin" in asker else "ada"]
     path = template.replace("{name}", "")
-    if template.endswith("/{id}"):
-        known = {"models": "openai/mock-gpt", "users": about.account_id, "usage": world.answered[about.account_id]}
+    if template.startswith(("/v1/files/", "/v1/batches/")):
+        path = template.replace("{id}", await _object_of(world, template.split("/")[2], about))
+    elif template.endswith("/{id}"):
+        known = {
+            "streams": "none",
+            "models": "openai/mock-gpt",
+            "users": about.account_id,
+            "usage": world.answered[about.account_id],
+        }
         name = template.split("/")[2]
         path = template.replace("{id}", known[name] if name in known else id_of(await world.key_of(about.account_id)))
     body = _body(world, asker, method, template, about)
     status, _ = await world.ask(method, path, _token(world, asker), body, **await _session(world, asker))
     return int(status)
+
+
+async def _object_of(world: World, kind: str, owner: Person) -> str:
+    """The id of a new file or batch."""
+    form = aiohttp.FormData({"purpose": "batch"})
+    form.add_field("file", b"{}", filename="a.jsonl")
+    headers = {"Authorization": f"Bearer {owner.token}"}
+    async with world.client.post(f"{world.gateway.base_url}/files", data=form, headers=headers) as response:
+        made: dict[str, Any] = await response.json()
+    if kind == "files":
+        return str(made["id"])
+    body = {"input_file_id": made["id"], "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    _, made = await world.ask("POST", "/v1/batches", owner.token, body)
+    return str(made["id"])
 
 
 def _token(world: World, asker: str) -> str | None:
@@ -174,7 +216,8 @@ def _body(world: World, asker: str, method: str, template: str, about: Person) -
         "/auth/keys/{id}": {"key_name": "y"},
         "/auth/users/{id}": {"tokens_per_day": 5},
     }
-    return {**login, **bodies[template]} if asker == "password" else bodies[template]
+    body = bodies.get(template, {})
+    return {**login, **body} if asker == "password" else body
 
 
 async def test_every_route_answers_everybody_as_the_matrix_says(world: World, figure: Callable[[str], None]) -> None:

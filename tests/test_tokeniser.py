@@ -13,9 +13,9 @@ import pytest
 from rs_bpe.bpe import openai
 
 from gateway import tokeniser as tokeniser_module
-from gateway.metrics import resident_bytes
 from gateway.protocol.vocabulary import Vocabulary
 from gateway.tokeniser import MAX_QUEUED, Tokeniser
+from gateway.vitals import resident_bytes
 
 pytestmark = pytest.mark.integration
 

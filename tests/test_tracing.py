@@ -284,6 +284,19 @@ async def test_a_provider_that_is_read_on_for_a_client_that_left_has_a_span_to_i
     assert [event.name for event in call.events] == ["first_token"]
 
 
+async def test_what_is_passed_on_has_a_span_of_its_call_and_the_provider_is_told_of_it(start: Start) -> None:
+    traced = await start()
+    body = {"model": "openai/mock-gpt", "prompt": PROMPT}
+    async with traced.client.post(f"{traced.gateway.base_url}/images/generations", json=body) as answer:
+        assert answer.status == 200
+    request, [call] = await traced.trace()
+    assert (request.name, call.name) == ("POST /v1/images/generations", "passthrough mock-gpt")
+    assert said(call)["gen_ai.usage.output_tokens"] == 272
+    assert call.context is not None
+    sent = traced.gateway.calls[-1].headers["traceparent"]
+    assert sent.split("-")[1:3] == [f"{call.context.trace_id:032x}", f"{call.context.span_id:016x}"]
+
+
 async def test_what_is_refused_has_a_span_of_the_request_alone(start: Start) -> None:
     traced = await start()
     assert await traced.ask("openai/mock-gpt", headers={"Authorization": "Bearer aig_wrong"}) == 401

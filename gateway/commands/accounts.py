@@ -29,6 +29,7 @@ _WORDS: Mapping[str, tuple[str, str, str]] = {
     "cost_per_day": ("USD", "dollars, a day of UTC", "${}/day"),
     "cost_per_month": ("USD", "dollars, a month of UTC", "${}/month"),
     "drain_seconds": ("N", "that a provider is read on for a client that left; 0: it is closed at once", "drain {} s"),
+    "cache_ttl": ("N", "seconds that answers are kept and shared; 0: only when a request asks for it", "cache {} s"),
 }
 
 

@@ -59,7 +59,10 @@ def _usage(arguments: argparse.Namespace, settings: Settings) -> int:
     async def work(stores: Stores) -> Rows:
         scope = Scope(None, arguments.since, arguments.until)
         stats = await read_stats(stores.pool, scope, arguments.group_by)
-        return [{arguments.group_by: group.name, **_figures(group)} for group in stats.groups]
+        # A table has room for what there is; a script finds the same names each time.
+        saving = arguments.json or any(group.remembered for group in stats.groups)
+        more = _savings if saving else lambda group: {}
+        return [{arguments.group_by: group.name, **_figures(group), **more(group)} for group in stats.groups]
 
     rows = with_database(settings, work)
     try:
@@ -98,4 +101,12 @@ def _figures(group: "Figures") -> dict[str, Any]:
         "cached_percent": round(100 * group.cache_hit_rate, 1),
         "cost_usd": f"{group.cost_micros / 1e6:.6f}",
         "unpriced": group.unpriced,
+    }
+
+
+def _savings(group: "Figures") -> dict[str, Any]:
+    return {
+        "remembered": group.remembered,
+        "saved_tokens": group.saved_tokens,
+        "saved_usd": f"{group.saved_micros / 1e6:.6f}",
     }

@@ -1,4 +1,5 @@
-"""What was used: figures, and the rows they are made of. A member sees its own, an admin everybody's."""
+"""What was used, and what was saved: figures, and the rows they are made of. A member sees its own, an admin
+everybody's."""
 
 import asyncio
 import csv
@@ -259,6 +260,9 @@ def _figures(figures: Figures) -> dict[str, Any]:
         "cache_hit_rate": round(figures.cache_hit_rate, 4),
         "average_latency_ms": _rounded(figures.average_latency_ms),
         "average_ttft_ms": _rounded(figures.average_ttft_ms),
+        "remembered": figures.remembered,
+        "saved_tokens": figures.saved_tokens,
+        "saved_micros": figures.saved_micros,
     }
 
 

@@ -2,7 +2,8 @@
 
 One server speaks three wire formats: OpenAI (`POST /v1/chat/completions`, `GET /v1/models`), Anthropic
 (`POST /v1/messages`, `GET /v1/models` with an `anthropic-version` header) and Ollama (`POST /api/chat`,
-`GET /api/tags`, `GET /api/version`).
+`GET /api/tags`, `GET /api/version`). OpenAI's files, batches, images, audio and moderations are there as well: a file
+is known by its size and digest, and the content of a large one is a pattern.
 No model stands behind it. What it says was written in advance, and the same request always gets the same bytes.
 A request that the real provider would refuse is refused in that provider's words. Any credential is accepted.
 

@@ -15,6 +15,7 @@ from gateway.mock import anthropic, embeddings, ollama, ollama_generate, openai,
 from gateway.mock.answers import Ask
 from gateway.mock.formats import Format
 from gateway.mock.log import Log, Received
+from gateway.mock.passed import Passed
 from gateway.mock.plays import Play, prepare
 from gateway.mock.script import ProviderError
 from gateway.mock.stage import UNANSWERED, Performance, break_off
@@ -89,6 +90,10 @@ class Mock:
                 web.get("/v1/models", self._noting(self._list_models)),
                 web.get("/api/tags", self._noting(self._list_tags)),
                 web.get("/api/version", self._noting(self._show_version)),
+                *(
+                    web.route(method, path, self._noting(answer, reads=False))
+                    for method, path, answer in Passed(lambda problem: _refuse(openai, problem, {})).routes()
+                ),
                 web.get("/_mock/log", self._show_log),
                 web.delete("/_mock/log", self._clear_log),
                 web.route("*", "/{path:.*}", self._noting(self._refuse_path)),
@@ -96,13 +101,15 @@ class Mock:
         )
         return app
 
-    def _noting(self, answer: Callable[[web.Request, Received], Awaitable[web.StreamResponse]]) -> Handler:
+    def _noting(
+        self, answer: Callable[[web.Request, Received], Awaitable[web.StreamResponse]], *, reads: bool = True
+    ) -> Handler:
         """A handler that keeps the log: what came, and whether the client stayed to the end."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
             received = self._log.open(request.method, request.path, request.headers)
             try:
-                self._log.keep(received, await request.read())
+                self._log.keep(received, await request.read() if reads else b"")
                 response = await answer(request, received)
             except (asyncio.CancelledError, ConnectionError):
                 if not self._stopping and not received.finished:

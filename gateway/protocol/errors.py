@@ -109,9 +109,26 @@ class NotFound(GatewayError):
     code = "not_found"
 
 
+class NotCached(GatewayError):
+    """`only-if-cached`, and nothing is. The status is RFC 9111 5.2.1.7's."""
+
+    status = 504
+    type = "invalid_request_error"
+    code = "not_cached"
+    should_retry = False
+
+
 class ModelNotFound(NotFound):
     type = "invalid_request_error"
     code = "model_not_found"
+
+
+class StreamGone(GatewayError):
+    """A stream cannot be continued: whoever made it is gone, or what was missed is not kept any more."""
+
+    status = 410
+    code = "stream_interrupted"
+    should_retry = False
 
 
 class MethodNotAllowed(GatewayError):
@@ -136,6 +153,17 @@ class Conflict(GatewayError):
     status = 409
     type = "invalid_request_error"
     code = "conflict"
+
+
+class IdempotencyMismatch(Conflict):
+    code = "idempotency_mismatch"
+    should_retry = False
+
+
+class IdempotencyInProgress(Conflict):
+    """`retry_after` is always set, and the SDKs try again by themselves."""
+
+    code = "idempotency_in_progress"
 
 
 class PayloadTooLarge(GatewayError):
@@ -262,6 +290,12 @@ class UpstreamTruncated(UpstreamError):
 
 class UpstreamBadBody(UpstreamError):
     """An answer that is not what the dialect promises: HTML, broken JSON, a bad event."""
+
+    kind = "bad_body"
+
+
+class AnswerTooLarge(UpstreamError):
+    """A document that is longer than what is read at once: that is up to those who fill it, not to the provider."""
 
     kind = "bad_body"
 

@@ -46,8 +46,13 @@ _STATUSES = {
 }
 
 
-def refusal(status: int, parsed: Any, target: Target, retry_after: float | None = None) -> UpstreamError:
-    """The error of an answer with another status than 200. `parsed` is its JSON or its text; anything will do."""
+def refusal(
+    status: int, parsed: Any, target: Target, retry_after: float | None = None, *, of_model: bool = True
+) -> UpstreamError:
+    """The error of an answer with another status than 200. `parsed` is its JSON or its text; anything will do.
+
+    `of_model`: a messages' model was asked, so that what the provider leaves unsaid can be guessed.
+    """
     said = read_error_object(parsed).without(target.credential)
     if status in (401, 403) or (status < 500 and said.word == "invalid_api_key"):
         return _refused_credential(status, target)
@@ -64,7 +69,7 @@ def refusal(status: int, parsed: Any, target: Target, retry_after: float | None 
     if status >= 500:
         return UpstreamError(message, code=said.word, retry_after=retry_after)
     if status >= 400:
-        return _rejected(status, said, message)
+        return _rejected(status, said, message) if of_model else _as_said(status, said, message)
     if status >= 300:
         return UpstreamError(f"the provider answered {status}", kind="redirect", retry_after=retry_after)
     return UpstreamBadBody(f"the provider answered {status}")
@@ -94,6 +99,11 @@ def _rejected(status: int, said: ErrorObject, message: str) -> UpstreamRejected:
         param = param or _PARAMS[code]
     kind = said.type or "invalid_request_error"
     return UpstreamRejected(message, status=status, type=kind, param=param, code=code or kind)
+
+
+def _as_said(status: int, said: ErrorObject, message: str) -> UpstreamRejected:
+    kind = said.type or "invalid_request_error"
+    return UpstreamRejected(message, status=status, type=kind, param=said.param or None, code=said.word or kind)
 
 
 def _refused_credential(status: int, target: Target) -> UpstreamError:

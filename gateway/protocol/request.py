@@ -22,7 +22,7 @@ PARSE_HERE = 1 << 17
 _OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens")
 
 
-Kind = Literal["chat", "completion", "embedding"]  # of requests to a model
+Kind = Literal["chat", "completion", "embedding", "passthrough"]  # of requests to a model
 
 
 class ModelRequest(Struct, frozen=True, gc=False):

@@ -1,7 +1,8 @@
 """The usage journal: what a request will cost is on disk before its provider is called, and what it cost before its
 client has the last byte. A killed process loses none of it; `stores/shipper.py` brings it to Postgres.
 
-Rule 1: `begin` may refuse, and then the provider must not be called. `end` and `tick` never do.
+Rule 1: `begin` may refuse, and then the provider must not be called. `end` and `tick` never do; what no provider was
+called for takes no room from them.
 Rule 2: a record is one write(2), so a killed process leaves it to the kernel whole or not at all. What a power cut
 leaves is decided by `fsync` (https://man7.org/linux/man-pages/man2/fdatasync.2.html).
 Rule 3: everything here runs on the event loop; only the syncing has a thread.
@@ -129,6 +130,23 @@ class Journal:
         except OSError as error:
             self._sync_failed(error)
         self.fresh.set()
+
+    def add(self, row: UsageRow) -> bool:
+        """The row of an exchange that cost nothing, without a `begin`. False: there is no room, and it is lost.
+
+        The reserve is for what somebody pays for; no policy syncs this by itself.
+        """
+        record = records.end(row)
+        try:
+            self._check_room(len(record))
+            self._append(record)
+        except OSError as error:
+            self.dropped += 1
+            self._say("usage rows of remembered answers are lost: %s", error.strerror or error)
+            return False
+        self.ended += 1
+        self.fresh.set()
+        return True
 
     def void(self, request_id: str) -> None:
         """The provider was not reached after all: no row is due."""

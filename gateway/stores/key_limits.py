@@ -1,7 +1,7 @@
 """What limits a key, and all keys of an account together: names, ranges, units.
 
 A cost is dollars where people write or read it, and whole micro-dollars, a millionth of one, everywhere else. 0 and an
-empty list are no limit; `drain_seconds` is none in any case.
+empty list are no limit; `drain_seconds` and `cache_ttl` are none in any case.
 """
 
 import math
@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple, TypedDict
 
 from gateway.exchange import Budget
 from gateway.protocol.errors import InvalidRequest
+from gateway.protocol.remembering import MAX_TTL
 
 MICROS = 1_000_000  # of a dollar
 MAX_REQUESTS = 1_000_000
@@ -37,6 +38,7 @@ class KeyLimits(BudgetLimits, total=False):
     concurrent_requests: int
     allowed_models: Sequence[str]
     drain_seconds: int
+    cache_ttl: int
 
 
 NO_LIMITS: Final[KeyLimits] = {
@@ -50,6 +52,7 @@ NO_LIMITS: Final[KeyLimits] = {
     "cost_per_day": 0,
     "cost_per_month": 0,
     "drain_seconds": 0,
+    "cache_ttl": 0,
 }
 
 
@@ -70,6 +73,7 @@ RANGES: Final[Mapping[str, _Range]] = {
     "cost_per_day": _Range(MAX_DOLLARS, 6),
     "cost_per_month": _Range(MAX_DOLLARS, 6),
     "drain_seconds": _Range(MAX_DRAIN),
+    "cache_ttl": _Range(MAX_TTL),
 }
 BUDGET_NAMES: Final = tuple(BudgetLimits.__annotations__)
 COSTS: Final = ("cost_per_day", "cost_per_month")

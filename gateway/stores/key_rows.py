@@ -68,7 +68,8 @@ class Proofs(NamedTuple):
 _READ = """
 select k.id, k.digest, k.hash, k.revoked_at is not null as revoked, k.name, k.account_id, a.role, k.expires_at,
        coalesce(extract(epoch from k.expires_at - now())::double precision, 'infinity') as expires_in,
-       k.requests_per_minute, k.requests_per_second, k.burst, k.concurrent_requests, k.allowed_models, k.drain_seconds,
+       k.requests_per_minute, k.requests_per_second, k.burst, k.concurrent_requests, k.allowed_models,
+       k.drain_seconds, k.cache_ttl,
        array[k.tokens_per_minute, k.tokens_per_day, k.cost_micros_per_day, k.cost_micros_per_month] as budget,
        array[a.tokens_per_minute, a.tokens_per_day, a.cost_micros_per_day, a.cost_micros_per_month] as account_budget
 from keys k join accounts a on a.id = k.account_id
@@ -96,6 +97,7 @@ def _proofs(row: asyncpg.Record) -> Proofs:
         allowed_models=tuple(row["allowed_models"]),
         budget=Budget(*row["budget"]),
         account_budget=Budget(*row["account_budget"]),
+        cache_ttl=row["cache_ttl"],
         drain_seconds=row["drain_seconds"],
         expires_at=row["expires_at"],
     )
@@ -166,8 +168,8 @@ _LIMITS = tuple(NO_LIMITS)  # in the order of _INSERT and _UPDATE
 _INSERT = """
 insert into keys (id, account_id, digest, hash, name, expires_at, requests_per_minute, requests_per_second, burst,
                   concurrent_requests, allowed_models, tokens_per_minute, tokens_per_day, cost_micros_per_day,
-                  cost_micros_per_month, drain_seconds)
-values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)
+                  cost_micros_per_month, drain_seconds, cache_ttl)
+values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)
 """
 
 
@@ -194,7 +196,8 @@ set name = coalesce($3, name),
     cost_micros_per_day = coalesce($11, cost_micros_per_day),
     cost_micros_per_month = coalesce($12, cost_micros_per_month),
     drain_seconds = coalesce($13, drain_seconds),
-    expires_at = case when $14 then $15 else expires_at end
+    cache_ttl = coalesce($14, cache_ttl),
+    expires_at = case when $15 then $16 else expires_at end
 where id = $1 and ($2::uuid is null or account_id = $2)
 returning id
 """
@@ -231,7 +234,8 @@ async def read_key(pool: Pool, key_id: str, account_id: str | None) -> Key:
 
 _LIST = """
 select k.id, k.name, k.account_id, a.email, k.created_at, k.expires_at, k.revoked_at,
-       k.requests_per_minute, k.requests_per_second, k.burst, k.concurrent_requests, k.allowed_models, k.drain_seconds,
+       k.requests_per_minute, k.requests_per_second, k.burst, k.concurrent_requests, k.allowed_models,
+       k.drain_seconds, k.cache_ttl,
        array[k.tokens_per_minute, k.tokens_per_day, k.cost_micros_per_day, k.cost_micros_per_month] as budget,
        array[a.tokens_per_minute, a.tokens_per_day, a.cost_micros_per_day, a.cost_micros_per_month] as account_budget
 from keys k join accounts a on a.id = k.account_id
@@ -270,6 +274,7 @@ def _limits(row: asyncpg.Record) -> KeyLimits:
         "allowed_models": tuple(row["allowed_models"]),
         **budget_limits(Budget(*row["budget"])),
         "drain_seconds": row["drain_seconds"],
+        "cache_ttl": row["cache_ttl"],
     }
 
 

@@ -39,7 +39,8 @@ with given as (
         client_request_id text, provider text, model text, upstream_model text,
         stream boolean, status integer, outcome text, error_code text, finish_reason text,
         prompt_tokens bigint, completion_tokens bigint, cached_tokens bigint, cache_write_tokens bigint,
-        reasoning_tokens bigint, usage_source text, latency_ms integer, ttft_ms integer, cost_micros bigint
+        reasoning_tokens bigint, usage_source text, latency_ms integer, ttft_ms integer, cost_micros bigint,
+        source text, source_id uuid, saved_tokens bigint, saved_micros bigint
     )
 ),
 """
@@ -79,7 +80,9 @@ after as (
         prompt_tokens = given.prompt_tokens, completion_tokens = given.completion_tokens,
         cached_tokens = given.cached_tokens, cache_write_tokens = given.cache_write_tokens,
         reasoning_tokens = given.reasoning_tokens, usage_source = given.usage_source,
-        latency_ms = given.latency_ms, ttft_ms = given.ttft_ms, cost_micros = given.cost_micros
+        latency_ms = given.latency_ms, ttft_ms = given.ttft_ms, cost_micros = given.cost_micros,
+        source = given.source, source_id = given.source_id,
+        saved_tokens = given.saved_tokens, saved_micros = given.saved_micros
     from before join given using (request_id, started_at)
     where usage.request_id = before.request_id and usage.started_at = before.started_at
     returning usage.*

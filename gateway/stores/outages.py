@@ -49,7 +49,7 @@ def mark_of(name: str, base_url: str, credential: str) -> str:
 
 
 class Outages:
-    """One a process. Whoever made `redis` closes it; `run` ends by being cancelled."""
+    """One a process. Whoever made `redis` closes it; `send` and `listen` end by being cancelled."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
@@ -61,13 +61,8 @@ class Outages:
         if not self._waiting.full():
             self._waiting.put_nowait(msgspec.json.encode(replace(outage, sender=self._id)))
 
-    async def run(self, hear: Callable[[Outage], None]) -> None:
-        """Sends what is told, and gives `hear` what others tell. Comes back when Redis does."""
-        async with asyncio.TaskGroup() as both:
-            both.create_task(self._send())
-            both.create_task(self._listen(hear))
-
-    async def _send(self) -> None:
+    async def send(self) -> None:
+        """What is told. Until it is cancelled."""
         while True:
             message = await self._waiting.get()
             try:
@@ -75,7 +70,8 @@ class Outages:
             except (RedisError, OSError) as error:
                 log.debug("an outage was not told: %s", type(error).__name__)
 
-    async def _listen(self, hear: Callable[[Outage], None]) -> None:
+    async def listen(self, hear: Callable[[Outage], None]) -> None:
+        """Gives `hear` what others tell. Comes back when Redis does, until it is cancelled."""
         while True:
             try:
                 async with self._redis.pubsub() as channel:

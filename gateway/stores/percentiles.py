@@ -1,4 +1,4 @@
-"""Percentiles of latency and of the time to the first token, over the time of a range.
+"""Percentiles of latency and of the time to the first token of providers, over the time of a range.
 
 Sums cannot be made into percentiles, so rows are read: all of a range that has few, else those of short windows that
 are spread evenly over it. A window has all its rows, so each row of the range is as likely to be read as any other,
@@ -102,7 +102,7 @@ def _windows(begin: datetime, end: datetime, each: timedelta, share: float) -> I
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _GOLDEN = (5**0.5 - 1) / 2
 
-# `interrupted` without a latency: nobody saw its end.
+# `interrupted` without a latency: nobody saw its end. What was answered without a provider says nothing of providers.
 _ROWS = (
     """
     select started_at, latency_ms, ttft_ms from usage
@@ -110,7 +110,7 @@ _ROWS = (
       and """  # noqa: S608 - constants alone
     + IN_SCOPE
     + """
-      and (outcome <> 'interrupted' or latency_ms > 0)
+      and (outcome <> 'interrupted' or latency_ms > 0) and source = 'provider'
 """
 )
 

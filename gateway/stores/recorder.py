@@ -2,6 +2,8 @@
 
 What the provider did not count is counted here, of models whose vocabulary is known. An exchange that broke is ended
 when its count is in: until then a tick holds the estimate, and nobody waits. One that ends well waits a moment.
+
+An exchange that was answered without a provider has an end alone, which says what that saved, and nobody waits for it.
 """
 
 import asyncio
@@ -11,11 +13,12 @@ from time import monotonic
 from typing import Literal
 
 from gateway.exchange import Exchange
+from gateway.protocol.meter import Meter
 from gateway.protocol.pricing import Price, cost_micros
 from gateway.protocol.vocabulary import Vocabulary, vocabulary_of
 from gateway.stores.copy import UsageCopy
 from gateway.stores.journal import Journal, JournalFull
-from gateway.stores.usage import UsageRow, row_of
+from gateway.stores.usage import MAX_TOKENS, NOTHING, UsageRow, remembered_row_of, row_of
 
 TICK = 5.0  # seconds of a stream that a killed process may leave unaccounted
 # Seconds that a client waits for the disk: two fdatasyncs and the way to the thread and back take 0.3 ms. One that is
@@ -67,8 +70,7 @@ class Recorder:
         if exchange.meter is None or now - exchange.ticked < TICK:
             return
         exchange.ticked = now
-        usage, _ = exchange.meter.result()
-        self._journal.tick(exchange.id, usage.prompt_tokens or 0, usage.completion_tokens or 0)
+        self._tick(exchange, exchange.meter)
 
     async def settle(self, exchange: Exchange) -> None:
         """Ended, and on disk as far as the setting asks for it: now the client may have the last byte."""
@@ -85,7 +87,7 @@ class Recorder:
             await self._ask(exchange, texts, WAITED_FOR.get(exchange.outcome, COUNTING))
 
     def end(self, exchange: Exchange) -> Awaitable[None] | None:
-        """The row as it now is, once; none when the provider was never reached. Never waits and never refuses.
+        """The row as it now is, once; none when nobody has answered. Never waits and never refuses.
 
         What it gives may be awaited: then the row's second copy is there, where there is one.
         """
@@ -93,6 +95,9 @@ class Recorder:
             return None
         if exchange.meter is None or not exchange.connected:
             self._void(exchange)
+            return self._write_remembered(exchange) if exchange.source != "provider" else None
+        if exchange.held:  # the row waits for its client, and what is known is there for a process that is killed
+            self._tick(exchange, exchange.meter)
             return None
         exchange.ended = exchange.ended or monotonic()
         texts = self._to_count(exchange)
@@ -122,7 +127,9 @@ class Recorder:
         await asyncio.gather(*self._counting.values(), return_exceptions=True)
 
     def priced(self, row: UsageRow) -> UsageRow:
-        """The row, with its cost on it where a price is known."""
+        """The row, with its cost on it where a price is known, and tokens that it is the price of."""
+        if row.usage_source == "estimated" and not row.total_tokens:
+            return row  # it was passed on, and nobody counted anything
         price = self._price(row.provider, row.upstream_model, row.started_at)
         if price is not None:
             row.cost_micros = cost_micros(price, row)
@@ -153,6 +160,10 @@ class Recorder:
 
     # --- writing
 
+    def _tick(self, exchange: Exchange, meter: Meter) -> None:
+        usage, _ = meter.result()
+        self._journal.tick(exchange.id, usage.prompt_tokens or 0, usage.completion_tokens or 0)
+
     def _write(self, exchange: Exchange) -> Awaitable[None] | None:
         exchange.recorded = True
         row = self._row(exchange)
@@ -161,6 +172,18 @@ class Recorder:
         if exchange.reservation is not None:
             exchange.reservation.settle(row.total_tokens, row.cost_micros or 0)
         return copied
+
+    def _write_remembered(self, exchange: Exchange) -> Awaitable[None] | None:
+        if exchange.target is None:
+            return None
+        exchange.recorded = True
+        exchange.ended = exchange.ended or monotonic()
+        row = remembered_row_of(exchange)
+        price = self._price(row.provider, row.upstream_model, row.started_at)
+        if price is not None and row.saved_tokens < MAX_TOKENS:  # a provider's nonsense saved nobody a fortune
+            row.saved_micros = cost_micros(price, exchange.saved or NOTHING)
+        exchange.cost_micros, exchange.saved_micros = row.cost_micros, row.saved_micros
+        return self._copy.ended(row) if self._journal.add(row) and self._copy is not None else None
 
     def _row(self, exchange: Exchange) -> UsageRow:
         row = self.priced(row_of(exchange))

@@ -104,7 +104,10 @@ class Figures:
     reasoning_tokens: int = 0  # part of completion_tokens
     cost_micros: int = 0  # of the rows whose price is known
     unpriced: int = 0  # rows whose price is not
-    average_latency_ms: float | None = None  # of the rows whose end was seen
+    remembered: int = 0  # answered without a provider
+    saved_tokens: int = 0  # prompt and completion, which those would have used
+    saved_micros: int = 0  # of those whose price is known
+    average_latency_ms: float | None = None  # of the rows of providers whose end was seen
     average_ttft_ms: float | None = None
 
     @property
@@ -113,7 +116,9 @@ class Figures:
 
     @property
     def error_rate(self) -> float:
-        return self.errors / self.requests if self.requests else 0.0
+        """Of what was not remembered: however many good answers are kept, a provider that fails is seen."""
+        asked = self.requests - self.remembered
+        return self.errors / asked if asked else 0.0
 
     @property
     def cache_hit_rate(self) -> float:
@@ -280,7 +285,9 @@ _FIGURES = (
             sum(reasoning_tokens)::bigint as reasoning_tokens,
             sum(cost_micros)::bigint as cost_micros, sum(unpriced)::bigint as unpriced,
             sum(latency_ms)::bigint as latency_ms, sum(latency_count)::bigint as latency_count,
-            sum(ttft_ms)::bigint as ttft_ms, sum(ttft_count)::bigint as ttft_count
+            sum(ttft_ms)::bigint as ttft_ms, sum(ttft_count)::bigint as ttft_count,
+            sum(remembered)::bigint as remembered,
+            sum(saved_tokens)::bigint as saved_tokens, sum(saved_micros)::bigint as saved_micros
         from cells
         where $13::text[] is null or name in (select unnest($13)) -- hashed; an index would be searched for each
         group by name, moment
@@ -298,6 +305,9 @@ select
     coalesce(sum(sign * reasoning_tokens), 0)::bigint,
     coalesce(sum(sign * cost_micros), 0)::bigint,
     coalesce(sum(sign * unpriced), 0)::bigint,
+    coalesce(sum(sign * remembered), 0)::bigint,
+    coalesce(sum(sign * saved_tokens), 0)::bigint,
+    coalesce(sum(sign * saved_micros), 0)::bigint,
     (sum(sign * latency_ms) / nullif(sum(sign * latency_count), 0))::float8,
     (sum(sign * ttft_ms) / nullif(sum(sign * ttft_count), 0))::float8
 from parts
@@ -336,7 +346,7 @@ select
     request_id::text, started_at, key_id, account_id::text, user_id, app_id, client_request_id, provider, model,
     upstream_model, stream, status, outcome, error_code, finish_reason,
     prompt_tokens, completion_tokens, cached_tokens, cache_write_tokens, reasoning_tokens, usage_source,
-    latency_ms, ttft_ms, cost_micros
+    latency_ms, ttft_ms, cost_micros, source, source_id::text, saved_tokens, saved_micros
 from usage
 """
 

@@ -25,10 +25,14 @@ _ADDED = """
         latency_ms = sums.latency_ms + excluded.latency_ms,
         latency_count = sums.latency_count + excluded.latency_count,
         ttft_ms = sums.ttft_ms + excluded.ttft_ms,
-        ttft_count = sums.ttft_count + excluded.ttft_count
+        ttft_count = sums.ttft_count + excluded.ttft_count,
+        remembered = sums.remembered + excluded.remembered,
+        saved_tokens = sums.saved_tokens + excluded.saved_tokens,
+        saved_micros = sums.saved_micros + excluded.saved_micros
 """
 
-# It reads `moved`: the rows that the statement wrote, each with a `sign` (-1: what it was before).
+# It reads `moved`: the rows that the statement wrote, each with a `sign` (-1: what it was before). Times are those of
+# providers, and what failed was not answered, whoever should have: the view usage_cells says the same of single rows.
 _HOURS = """
 hours as (
     select
@@ -41,10 +45,16 @@ hours as (
         sum(sign * reasoning_tokens) as reasoning_tokens,
         coalesce(sum(sign * cost_micros), 0) as cost_micros,
         coalesce(sum(sign) filter (where cost_micros is null), 0) as unpriced,
-        sum(sign * latency_ms::bigint) as latency_ms,
-        coalesce(sum(sign) filter (where outcome <> 'interrupted' or latency_ms > 0), 0) as latency_count,
-        coalesce(sum(sign * ttft_ms::bigint), 0) as ttft_ms,
-        coalesce(sum(sign) filter (where ttft_ms is not null), 0) as ttft_count
+        coalesce(sum(sign * latency_ms::bigint) filter (where source = 'provider'), 0) as latency_ms,
+        coalesce(
+            sum(sign) filter (where source = 'provider' and (outcome <> 'interrupted' or latency_ms > 0)), 0
+        ) as latency_count,
+        coalesce(sum(sign * ttft_ms::bigint) filter (where source = 'provider'), 0) as ttft_ms,
+        coalesce(sum(sign) filter (where source = 'provider' and ttft_ms is not null), 0) as ttft_count,
+        coalesce(
+            sum(sign) filter (where source <> 'provider' and outcome in ('ok', 'client_abort', 'budget_exhausted')), 0
+        ) as remembered,
+        sum(sign * saved_tokens) as saved_tokens, coalesce(sum(sign * saved_micros), 0) as saved_micros
     from moved
     group by account_id, hour, key_id, user_id, app_id, provider, model
 ),
@@ -74,7 +84,8 @@ rolled as (
         coalesce(model, '') as name,
         sum(requests), sum(errors), sum(client_aborts),
         sum(prompt_tokens), sum(completion_tokens), sum(cached_tokens), sum(cache_write_tokens), sum(reasoning_tokens),
-        sum(cost_micros), sum(unpriced), sum(latency_ms), sum(latency_count), sum(ttft_ms), sum(ttft_count)
+        sum(cost_micros), sum(unpriced), sum(latency_ms), sum(latency_count), sum(ttft_ms), sum(ttft_count),
+        sum(remembered), sum(saved_tokens), sum(saved_micros)
     from (
         select hours.*, span, date_trunc(span, hour, 'UTC') as start
         from hours cross join (values ('hour'), ('day'), ('month')) as spans (span)

@@ -1,10 +1,12 @@
-"""The usage row: one for every request that reached a provider, with nothing in it that Postgres would refuse."""
+"""The usage row: one for every request that reached a provider or was answered without one, with nothing in it that
+Postgres would refuse."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from time import monotonic
 
 from gateway.exchange import Exchange
+from gateway.protocol.usage import Usage
 
 MAX_TEXT = 256  # characters of any text column; the gateway's own checks stop at this or earlier
 # Far beyond any exchange, and nine million of them still add up within bigint: a provider's nonsense cannot make the
@@ -15,9 +17,9 @@ MAX_MS = 2**31 - 1  # Postgres integer
 
 @dataclass(slots=True)  # not frozen: a frozen one takes 3 µs more to make, and every exchange makes two
 class UsageRow:
-    """The columns of table `usage`, in their order (sql/migrations/0001_accounts_keys_usage.sql).
+    """The columns of table `usage`, in their order (sql/migrations/0002_usage_by_month.sql, 0009_savings.sql).
 
-    Who makes one may still put its cost on it; from then on nothing of it changes.
+    Who makes one may still put its cost on it, or what it saved; from then on nothing of it changes.
     """
 
     request_id: str
@@ -44,17 +46,28 @@ class UsageRow:
     latency_ms: int
     ttft_ms: int | None
     cost_micros: int | None = None  # micro-dollars; None: no price is known
+    source: str = "provider"  # exchange.Source
+    source_id: str | None = None  # the exchange that paid, where that is another
+    saved_tokens: int = 0  # of prompt and completion: what it would have used
+    saved_micros: int | None = None  # micro-dollars that these would have cost; None: no price is known
 
     @property
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
 
 
+NOTHING = Usage()
+
+
 def row_of(exchange: Exchange) -> UsageRow:
-    """The row of an exchange whose provider was called: nothing in it that Postgres would refuse."""
+    """The row of an exchange whose target is known; of one that a provider was called for, with what that used."""
     principal, chat, target, meter = exchange.principal, exchange.asked, exchange.target, exchange.meter
-    assert principal is not None and chat is not None and target is not None and meter is not None
-    usage, source = meter.result()
+    assert principal is not None and chat is not None and target is not None
+    if exchange.source == "provider":
+        assert meter is not None
+        (usage, source), finish_reason = meter.result(), meter.finish_reason or ""
+    else:
+        usage, source, finish_reason = NOTHING, "none", ""
     prompt_tokens = _clamp(usage.prompt_tokens or 0, MAX_TOKENS)
     completion_tokens = _clamp(usage.completion_tokens or 0, MAX_TOKENS)
     cached_tokens = _clamp(usage.cached_tokens, prompt_tokens)  # a part is never more than its whole, whoever says so
@@ -75,7 +88,7 @@ def row_of(exchange: Exchange) -> UsageRow:
         _clamp(exchange.status, 999),
         exchange.outcome,
         storable(exchange.error_code),
-        storable(meter.finish_reason or ""),
+        storable(finish_reason),
         prompt_tokens,
         completion_tokens,
         cached_tokens,
@@ -85,6 +98,17 @@ def row_of(exchange: Exchange) -> UsageRow:
         _milliseconds((exchange.ended or monotonic()) - started),
         _milliseconds(first_byte - started) if first_byte else None,
     )
+
+
+def remembered_row_of(exchange: Exchange) -> UsageRow:
+    """The row of an exchange that was answered without a provider: it used nothing, and says what it saved."""
+    row, saved = row_of(exchange), exchange.saved or NOTHING
+    # Who failed before a byte may not have been told how.
+    row.outcome = row.outcome or ("ok" if exchange.prepared else "gateway_error")
+    row.cost_micros = 0
+    row.source, row.source_id = exchange.source, exchange.source_id or None
+    row.saved_tokens = _clamp(saved.total_tokens, MAX_TOKENS)
+    return row
 
 
 def storable(text: str) -> str:

@@ -1,9 +1,9 @@
 // The form of a key: name, limits, models, expiry; for a new one and for one that is changed.
 
 import { button, el, write } from "./dom.js";
-import { count, dollars, short } from "./format.js";
+import { age, count, dollars, short } from "./format.js";
 
-// Field of the API, label, what an empty one of a new key means.
+// Field of the API, label, what an empty one of a new key means, and of another.
 const LIMITS = [
   ["requests_per_minute", "Requests per minute", "default"],
   ["concurrent_requests", "Requests at once", "default"],
@@ -13,6 +13,7 @@ const LIMITS = [
   ["tokens_per_day", "Tokens per day", "no limit"],
   ["cost_per_day", "Dollars per day", "no limit"],
   ["cost_per_month", "Dollars per month", "no limit"],
+  ["cache_ttl", "Keep answers, seconds", "not kept", "not kept"],
 ];
 const DECIMALS = ["requests_per_second", "cost_per_day", "cost_per_month"];
 
@@ -26,6 +27,7 @@ export function limitsOf(key) {
     tokens_per_day: (limit) => `${short(limit)} tokens/day`,
     cost_per_day: (limit) => `${dollars(limit * 1e6)}/day`,
     cost_per_month: (limit) => `${dollars(limit * 1e6)}/month`,
+    cache_ttl: (seconds) => `answers kept ${age(seconds)}`,
   };
   const limits = Object.entries(say)
     .filter(([name]) => key[name])
@@ -83,9 +85,9 @@ export function keyForm({ key, action, testid, owner = false, submit, cancel }) 
 
 const field = (label, attributes) => el("label", {}, label, el("input", attributes));
 
-function number([name, label, missing], key) {
+function number([name, label, missing, none = "no limit"], key) {
   const attributes = { name, type: "number", min: 0, step: DECIMALS.includes(name) ? "any" : 1, inputmode: "decimal" };
-  return field(label, { ...attributes, placeholder: key ? "no limit" : missing, value: key?.[name] || null });
+  return field(label, { ...attributes, placeholder: key ? none : missing, value: key?.[name] || null });
 }
 
 /** What the API is to be told: of a new key what was filled in, of another what differs from it. */

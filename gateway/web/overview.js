@@ -123,7 +123,14 @@ const CARDS = [
     head: "Prompt cache",
     value: (all) => all.cache_hit_rate,
     say: percent,
-    more: (all) => `${count(all.cached_tokens)} prompt tokens from it`,
+    more: (all) => `${short(all.cached_tokens)} tokens from it`,
+  },
+  {
+    name: "saved",
+    head: "Saved",
+    value: (all) => all.saved_micros,
+    say: dollars,
+    more: (all) => `${count(all.remembered)} remembered, ${short(all.saved_tokens)} tokens`,
   },
 ];
 

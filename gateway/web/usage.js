@@ -1,4 +1,4 @@
-// The audit trail: every request that reached a provider, newest first.
+// The audit trail: every request that reached a provider or was answered without one, newest first.
 
 import { ask, inTurn, query } from "./api.js";
 import { openDialog } from "./dialog.js";
@@ -17,6 +17,11 @@ const OUTCOMES = {
   rejected: ["provider refused", "bad"],
   interrupted: ["interrupted", "bad"],
   gateway_error: ["gateway failed", "bad"],
+};
+const SOURCES = {
+  cache: "the cache",
+  shared: "a request in flight",
+  replay: "a request with the same Idempotency-Key",
 };
 const COLUMNS = [
   {
@@ -94,6 +99,13 @@ function outcome(row) {
   return el("span", { class: `badge ${mood}`, title: row.error_code || null }, words);
 }
 
+/** Of an answer that no provider made for this request. */
+const savings = (row) => [
+  ["Answered by", SOURCES[row.source] ?? row.source],
+  ["Paid by", row.source_id && el("code", {}, row.source_id)],
+  ["Saved", `${dollars(row.saved_micros)}, ${count(row.saved_tokens)} tokens`],
+];
+
 // --- one request
 
 async function open(id) {
@@ -124,12 +136,13 @@ function detail(row) {
     ["Completion tokens", `${count(row.completion_tokens)}, ${count(row.reasoning_tokens)} of them reasoning`],
     ["Counted by", row.usage_source],
     ["Cost", dollars(row.cost_micros)],
+    ...(row.source === "provider" ? [] : savings(row)),
     ["First token", milliseconds(row.ttft_ms)],
     ["Latency", milliseconds(row.latency_ms)],
     ["App", row.app_id],
     ["User", row.user_id],
     ["Key", row.key_prefix],
-  ].filter(([, value]) => value !== "");
+  ].filter(([, value]) => value !== "" && value !== null);
   const shown = lines.map(([label, value]) => el("div", {}, el("dt", {}, label), el("dd", {}, value)));
   openDialog(
     "One request",

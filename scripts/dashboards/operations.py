@@ -337,24 +337,28 @@ def _dependencies() -> list[Json]:
             [query(rate("gateway_fail_mode_total", by="what, mode", where=""), "{{what}}: {{mode}}")],
             "Limits and budgets by this process's share (local), by letting all pass (open) or none (closed).",
         ),
-        wide(
-            graph(
-                "Limits without Redis",
-                "short",
-                [query("max by (instance) (gateway_limiter_local)", "{{instance}}")],
-                "1 while each process keeps limits by itself, because Redis is gone.",
-                worse_above(1),
-            ),
-            12,
+        graph(
+            "Limits without Redis",
+            "short",
+            [query("max by (instance) (gateway_limiter_local)", "{{instance}}")],
+            "1 while each process keeps limits by itself, because Redis is gone.",
+            worse_above(1),
         ),
-        wide(
-            graph(
-                "Clock skew",
-                "s",
-                [query("max by (instance) (gateway_clock_skew_seconds)", "{{instance}}")],
-                "Between this machine's clock and Redis's. Limits go by Redis's, expiry of keys by this one.",
-                worse_above(1, 5),
-            ),
-            12,
+        graph(
+            "Streams that can be resumed",
+            "reqps",
+            [
+                query(rate("gateway_resumable_streams_total", by="result", where=""), "begun: {{result}}"),
+                query(rate("gateway_resumed_streams_total", by="result", where=""), "continued: {{result}}"),
+            ],
+            "Begun: `held` by Redis; `failed` and `lost` when it was gone, `refused` to a key that has too many."
+            " Continued: `joined` where it runs, `followed` from Redis; what else there is was refused or cut.",
+        ),
+        graph(
+            "Clock skew",
+            "s",
+            [query("max by (instance) (gateway_clock_skew_seconds)", "{{instance}}")],
+            "Between this machine's clock and Redis's. Limits go by Redis's, expiry of keys by this one.",
+            worse_above(1, 5),
         ),
     ]

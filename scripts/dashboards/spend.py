@@ -48,6 +48,7 @@ def spend() -> Json:
             ("Where does the money go?", _course()),
             ("Who spends it?", _payers()),
             ("What do prompt caches save?", _savings()),
+            ("What do remembered answers save?", _remembered()),
             ("Who is about to use up a budget?", _budgets()),
         ],
         [
@@ -72,7 +73,12 @@ def _totals() -> list[Json]:
             _one(f"{DOLLARS} / {days} * 30"),
             "The cost of the time shown, taken to thirty days.",
         ),
-        stat("Requests", "short", _one("sum(hours.requests)"), "Requests that reached a provider, however they ended."),
+        stat(
+            "Requests",
+            "short",
+            _one("sum(hours.requests)"),
+            "Requests that reached a provider, however they ended, and those that were answered without one.",
+        ),
         stat(
             "Tokens",
             "short",
@@ -209,6 +215,33 @@ order by "Saved" desc nulls last, "Cached" desc limit {MOST}"""
     )
 
 
+def _remembered() -> list[Json]:
+    """As each was priced when it was answered: by the operator's own prices, too."""
+    return [
+        stat(
+            "Saved by remembering",
+            "currencyUSD",
+            _one("sum(hours.saved_micros) / 1e6"),
+            "US dollars that answers would have cost that were kept, shared or replayed.",
+        ),
+        stat(
+            "Answered without a provider",
+            "percentunit",
+            _one("sum(hours.remembered)::float8 / nullif(sum(hours.requests), 0)"),
+            "Share of all requests: from the cache, with one in flight, or as one of the same Idempotency-Key was.",
+        ),
+        wide(
+            bars(
+                "Saved by remembering, by model",
+                "currencyUSD",
+                [_course_of("hours.model", "saved_micros")],
+                "US dollars; the ten that saved the most.",
+            ),
+            16,
+        ),
+    ]
+
+
 def _budgets() -> list[Json]:
     """Of today and of this month (UTC), whatever time is shown: that is what budgets are of."""
     text = f"""
@@ -249,18 +282,18 @@ def _one(what: str) -> Json:
     return sql(f"select {what} as value{CHOSEN}")
 
 
-def _course_of(what: str) -> Json:
-    """Of the ten that cost the most; the others together."""
+def _course_of(what: str, micros: str = "cost_micros") -> Json:
+    """Of the ten that cost the most, or saved it; the others together."""
     return sql(
         f"""
 with chosen as (
-    select hours.hour, hours.cost_micros, {what} as name{CHOSEN.rstrip()}
+    select hours.hour, hours.{micros}, {what} as name{CHOSEN.rstrip()}
 ),
-costly as (select name from chosen group by name order by sum(cost_micros) desc limit 10)
+costly as (select name from chosen group by name order by sum({micros}) desc limit 10)
 select
     $__timeGroupAlias(hour, $__interval),
     case when name in (select name from costly) then name else 'all others' end as metric,
-    sum(cost_micros) / 1e6 as value
+    sum({micros}) / 1e6 as value
 from chosen
 group by 1, 2 order by 1, 2""",
         over_time=True,
@@ -275,7 +308,7 @@ select
     {names},
     sum(hours.requests) as "Requests",
     sum(hours.prompt_tokens) as "Prompt", sum(hours.completion_tokens) as "Completion",
-    sum(hours.errors)::float8 / nullif(sum(hours.requests), 0) as "Errors",
+    sum(hours.errors)::float8 / nullif(sum(hours.requests - hours.remembered), 0) as "Errors",
     {DOLLARS} as "Cost"{CHOSEN}group by {groups}
 order by "Cost" desc, "Requests" desc limit {MOST}"""
     figures = {

@@ -28,6 +28,7 @@ def tokens() -> Json:
             ("Which models generate it?", _models()),
             ("How long do people wait?", _waits()),
             ("What does it cost?", _costs()),
+            ("What do remembered answers save?", _savings()),
         ],
         [
             label_variable("provider", "Provider", "gateway_requests_total"),
@@ -202,5 +203,28 @@ def _costs() -> list[Json]:
             "reqps",
             [query(rate("gateway_usage_source_total", by="source", where=""), "{{source}}")],
             "`provider` is exact. `counted` and `estimated`: the provider did not say, mostly because the client left.",
+        ),
+    ]
+
+
+def _savings() -> list[Json]:
+    return [
+        stacked(
+            "Requests that may be remembered",
+            "reqps",
+            [query(rate("gateway_cache_requests_total", by="result", where=""), "{{result}}")],
+            "`hit`, `shared` and `replay` were answered without a provider; it was asked for a `miss` and a `bypass`.",
+        ),
+        stacked(
+            "Tokens saved by model",
+            TOKENS,
+            [query(rate("gateway_saved_tokens_total", by="model"), "{{model}}")],
+            "Of prompts and completions, which those answers would have used.",
+        ),
+        stacked(
+            "Saved per hour by model",
+            "currencyUSD",
+            [query(f"{rate('gateway_saved_cost_micros_total', by='model')} * 3600 / 1e6", "{{model}}")],
+            "US dollars that an hour of them would have cost. Models without a price add nothing.",
         ),
     ]

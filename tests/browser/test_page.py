@@ -22,6 +22,7 @@ SHOWN = {  # totals of the page: their figure in /api/stats
     "total-tokens": "total_tokens",
     "total-cost": "cost_micros",
     "total-error-rate": "error_rate",
+    "total-saved": "saved_micros",
 }
 
 

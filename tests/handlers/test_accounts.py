@@ -267,6 +267,7 @@ LIMITS: dict[str, Any] = {
     "cost_per_day": 4.35,
     "cost_per_month": 20.000001,
     "drain_seconds": 30,
+    "cache_ttl": 3600,
 }
 BUDGET_FIELDS = ("tokens_per_minute", "tokens_per_day", "cost_per_day", "cost_per_month")
 
@@ -325,7 +326,7 @@ async def test_an_admin_may_lift_every_limit(api: Api) -> None:
     assert {name: answer.body[name] for name in LIMITS} == none
 
 
-@pytest.mark.parametrize("name", sorted(LIMITS.keys() - {"allowed_models", "drain_seconds"}))
+@pytest.mark.parametrize("name", sorted(LIMITS.keys() - {"allowed_models", "drain_seconds", "cache_ttl"}))
 async def test_a_key_in_the_hand_grants_up_to_what_it_has_and_no_limit_is_more_than_any(api: Api, name: str) -> None:
     ada, least = await api.add_key("ada", **LIMITS), 0.000001 if isinstance(LIMITS[name], float) else 1
     path, token = f"/auth/keys/{ada['id']}", ada["api_key"]
@@ -348,11 +349,14 @@ async def test_a_key_whose_bucket_is_small_for_its_rate_lends_no_larger_one(api:
     assert (answer.status, answer.body["burst"]) == (200, 5)
 
 
-async def test_how_long_a_provider_is_read_on_is_free_to_choose(api: Api) -> None:
-    ada = await api.add_key("ada", drain_seconds=5)
-    for seconds in (600, 0):
-        answer = await api.ask("PATCH", f"/auth/keys/{ada['id']}", ada["api_key"], drain_seconds=seconds)
-        assert (answer.status, answer.body["drain_seconds"]) == (200, seconds)
+@pytest.mark.parametrize(("name", "most"), [("drain_seconds", 600), ("cache_ttl", 30 * 86400)])
+async def test_how_long_a_provider_is_read_on_and_an_answer_is_kept_is_free_to_choose(
+    api: Api, name: str, most: int
+) -> None:
+    ada = await api.add_key("ada", **{name: 5})
+    for seconds in (most, 0):
+        answer = await api.ask("PATCH", f"/auth/keys/{ada['id']}", ada["api_key"], **{name: seconds})
+        assert (answer.status, answer.body[name]) == (200, seconds)
 
 
 async def test_where_there_is_no_limit_a_member_needs_none(start: Start) -> None:
@@ -641,6 +645,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"cost_per_month": 10**9 + 1}, "cost_per_month"),
     ({"drain_seconds": 601}, "drain_seconds"),
     ({"drain_seconds": 0.5}, "drain_seconds"),
+    ({"cache_ttl": 30 * 86400 + 1}, "cache_ttl"),
+    ({"cache_ttl": -1}, "cache_ttl"),
     ({"cost_micros_per_day": 5}, "cost_micros_per_day"),
     ({"allowed_models": "gpt-*"}, "allowed_models"),
     ({"allowed_models": [""]}, "allowed_models"),

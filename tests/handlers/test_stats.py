@@ -124,7 +124,16 @@ def row(person: Person, **changes: Any) -> UsageRow:
     return UsageRow(**{**values, **changes})
 
 
+def remembered(person: Person, source_id: str, **changes: Any) -> UsageRow:
+    """Of a request that got the answer of another."""
+    saved = {"usage_source": "none", "cost_micros": 0, "source_id": source_id, "saved_tokens": 15, "saved_micros": 700}
+    tokens = ("prompt_tokens", "completion_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens")
+    return row(person, **dict.fromkeys(tokens, 0), **{**saved, "source": "cache", **changes})
+
+
 # --- /api/stats ---------------------------------------------------------------------------------------------------
+
+NOTHING_SAVED = {"remembered": 0, "saved_tokens": 0, "saved_micros": 0}
 
 
 async def test_stats_tell_totals_the_last_hour_top_models_and_when(world: World) -> None:
@@ -153,6 +162,7 @@ async def test_stats_tell_totals_the_last_hour_top_models_and_when(world: World)
         "cache_hit_rate": 0.4,
         "average_latency_ms": 150.5,
         "average_ttft_ms": 20.0,
+        **NOTHING_SAVED,
     }
     assert stats.pop("top_models") == [
         {"model": "gpt-4o", **last_hour},
@@ -173,6 +183,7 @@ async def test_stats_tell_totals_the_last_hour_top_models_and_when(world: World)
             "cache_hit_rate": 0.4,
             "average_latency_ms": 300.0,
             "average_ttft_ms": 20.0,
+            **NOTHING_SAVED,
         },
     ]
     assert stats == {
@@ -196,6 +207,7 @@ async def test_stats_tell_totals_the_last_hour_top_models_and_when(world: World)
             "cache_hit_rate": 0.4,
             "average_latency_ms": 200.3,
             "average_ttft_ms": 20.0,
+            **NOTHING_SAVED,
         },
     }
 
@@ -333,6 +345,54 @@ async def test_a_budget_that_was_used_up_is_no_error(world: World) -> None:
         assert (totals["requests"], totals["errors"], totals["error_rate"]) == (4, 1, 0.25)
 
 
+async def test_what_remembered_answers_saved_is_told_in_totals_and_groups(world: World) -> None:
+    paid = row(world.ann, app_id="a", cost_micros=700)
+    hits = [remembered(world.ann, paid.request_id, app_id="a") for _ in range(3)]
+    unpriced = remembered(world.ann, paid.request_id, app_id="b", saved_micros=None)
+    await world.write(paid, *hits, unpriced, remembered(world.ben, new_id(), app_id="a"))
+    for since in ("24h", "1m"):  # of the rollups, and of the rows
+        stats = await world.json("/api/stats", world.ann, since=since, group_by="app")
+        figures = [stats["totals"], *stats["groups"]]
+        assert [one["remembered"] for one in figures] == [4, 3, 1]
+        assert [one["saved_tokens"] for one in figures] == [60, 45, 15]
+        assert [one["saved_micros"] for one in figures] == [2100, 2100, 0]
+        assert [one["total_tokens"] for one in figures] == [15, 15, 0]
+        assert [one["cost_micros"] for one in figures] == [700, 700, 0]
+        assert [one["unpriced"] for one in figures] == [0, 0, 0]
+    response = await world.get("/api/stats", world.ann, format="csv", group_by="app", app="b")
+    [told] = csv.DictReader(io.StringIO(await response.text()))
+    assert (told["remembered"], told["saved_tokens"], told["saved_micros"]) == ("1", "15", "0")
+    everybody = await world.json("/api/stats", world.admin, app="a", model="gpt-4o")
+    assert everybody["totals"]["saved_micros"] == 2800
+
+
+async def test_remembered_answers_hide_neither_errors_nor_how_long_providers_take(world: World) -> None:
+    now = datetime.now(UTC)
+    await world.write(
+        row(world.ann, started_at=now, latency_ms=1000, ttft_ms=400),
+        row(world.ann, started_at=now, latency_ms=3000, ttft_ms=None, outcome="upstream_error", status=502),
+        *(remembered(world.ann, new_id(), latency_ms=1, ttft_ms=1) for _ in range(50)),
+        remembered(world.ann, new_id(), latency_ms=1, outcome="client_abort"),
+    )
+    for since in ("24h", "1m"):  # of the rollups, and of the rows
+        totals = (await world.json("/api/stats", world.ann, since=since))["totals"]
+        assert (totals["requests"], totals["remembered"], totals["errors"], totals["error_rate"]) == (53, 51, 1, 0.5)
+        assert (totals["average_latency_ms"], totals["average_ttft_ms"]) == (2000.0, 400.0)
+    points = (await world.json("/api/latency", world.ann, range="1h"))["points"]
+    assert [(point["requests"], point["latency_ms"]["p50"], point["ttft_ms"]["p50"]) for point in points] == [
+        (2, 2000.0, 400.0)
+    ]
+
+
+async def test_a_shared_answer_that_failed_is_an_error_of_each_who_waited_for_it(world: World) -> None:
+    failed = {"outcome": "upstream_error", "status": 502}
+    paid = row(world.ann, **failed)
+    await world.write(paid, *(remembered(world.ann, paid.request_id, source="shared", **failed) for _ in range(3)))
+    for since in ("24h", "1m"):
+        totals = (await world.json("/api/stats", world.ann, since=since))["totals"]
+        assert (totals["requests"], totals["remembered"], totals["errors"], totals["error_rate"]) == (4, 0, 4, 1.0)
+
+
 async def test_figures_as_csv_are_the_groups_or_the_totals(world: World) -> None:
     await world.write(row(world.ann, app_id="=1+1"), row(world.ann, app_id="=1+1"), row(world.ann, app_id="b"))
     for query in ({"group_by": "app"}, {}):
@@ -384,7 +444,25 @@ async def test_a_row_is_told_with_every_column_and_the_prefix_of_its_key(world: 
         "latency_ms": 100,
         "ttft_ms": None,
         "cost_micros": 2500,
+        "source": "provider",
+        "source_id": None,
+        "saved_tokens": 0,
+        "saved_micros": None,
     }
+
+
+async def test_a_row_of_a_remembered_answer_says_who_paid_and_what_was_saved(world: World) -> None:
+    paid = row(world.ann, cost_micros=700)
+    await world.write(paid, remembered(world.ann, paid.request_id, source="shared"))
+    told, _ = (await world.json("/api/usage", world.ann))["data"]
+    assert (told["source"], told["source_id"], told["saved_tokens"], told["saved_micros"]) == (
+        "shared", paid.request_id, 15, 700,
+    )  # fmt: skip
+    assert (told["usage_source"], told["total_tokens"], told["cost_micros"]) == ("none", 0, 0)
+    assert await world.json(f"/api/usage/{told['request_id']}", world.ann) == told
+    response = await world.get("/api/usage", world.ann, format="csv")
+    in_csv = next(csv.DictReader(io.StringIO(await response.text())))
+    assert (in_csv["source"], in_csv["source_id"], in_csv["saved_micros"]) == ("shared", paid.request_id, "700")
 
 
 async def test_pages_are_walked_by_their_cursor_newest_first(world: World) -> None:

@@ -20,8 +20,12 @@ with rows as (
         sum(prompt_tokens)::bigint, sum(completion_tokens)::bigint, sum(cached_tokens)::bigint,
         sum(cache_write_tokens)::bigint, sum(reasoning_tokens)::bigint,
         coalesce(sum(cost_micros), 0)::bigint, count(*) filter (where cost_micros is null),
-        sum(latency_ms)::bigint, count(*) filter (where outcome <> 'interrupted' or latency_ms > 0),
-        coalesce(sum(ttft_ms), 0)::bigint, count(ttft_ms)
+        coalesce(sum(latency_ms) filter (where source = 'provider'), 0)::bigint,
+        count(*) filter (where source = 'provider' and (outcome <> 'interrupted' or latency_ms > 0)),
+        coalesce(sum(ttft_ms) filter (where source = 'provider'), 0)::bigint,
+        count(ttft_ms) filter (where source = 'provider'),
+        count(*) filter (where source <> 'provider' and outcome in ('ok', 'client_abort', 'budget_exhausted')),
+        sum(saved_tokens)::bigint, coalesce(sum(saved_micros), 0)::bigint
     from usage group by 1, 2, 3, 4, 5, 6, 7
 ),
 sums as (select * from usage_hourly where requests <> 0)

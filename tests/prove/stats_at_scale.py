@@ -57,7 +57,9 @@ select
     'provider',
     (exp(chance[6] * 7) * 12)::integer,
     case when chance[5] < 0.95 then 100 + (chance[9] * 900)::integer end,
-    case when model <> 30 then (prompt * 3 + exp(chance[6] * 7) * 15)::bigint / 10 end
+    case when model <> 30 then (prompt * 3 + exp(chance[6] * 7) * 15)::bigint / 10 end,
+    case when chance[4] < 0.95 then 'provider' else 'cache' end, null,
+    case when chance[4] < 0.95 then 0 else prompt end, case when chance[4] > 0.95 and model <> 30 then prompt * 3 / 10 end
 from generate_series($3::bigint, $4::bigint - 1) as number
 cross join lateral (
     -- The day's traffic swings by the hour.
@@ -93,8 +95,11 @@ select
     count(*) filter (where outcome = 'client_abort'),
     sum(prompt_tokens), sum(completion_tokens), sum(cached_tokens), sum(cache_write_tokens), sum(reasoning_tokens),
     coalesce(sum(cost_micros), 0), count(*) filter (where cost_micros is null),
-    sum(latency_ms), count(*) filter (where outcome <> 'interrupted' or latency_ms > 0),
-    coalesce(sum(ttft_ms), 0), count(ttft_ms)
+    coalesce(sum(latency_ms) filter (where source = 'provider'), 0),
+    count(*) filter (where source = 'provider' and (outcome <> 'interrupted' or latency_ms > 0)),
+    coalesce(sum(ttft_ms) filter (where source = 'provider'), 0), count(ttft_ms) filter (where source = 'provider'),
+    count(*) filter (where source <> 'provider' and outcome in ('ok', 'client_abort', 'budget_exhausted')),
+    sum(saved_tokens), coalesce(sum(saved_micros), 0)
 from usage
 group by 1, 2, 3, 4, 5, 6, 7
 order by 2

@@ -11,6 +11,7 @@ from time import perf_counter, process_time
 import asyncpg
 import pytest
 
+from gateway.exchange import new_id
 from gateway.stores import chain as chain_module
 from gateway.stores import ledger as ledger_module
 from gateway.stores.chain import LinkFault, Report, RowFault, link_drop, load_audit_key, read_head, transaction, verify
@@ -31,9 +32,9 @@ def at(seconds: float, **changes: object) -> UsageRow:
     return row(started_at=START + timedelta(seconds=seconds), **changes)
 
 
-async def three_links(pool: asyncpg.Pool) -> list[UsageRow]:
+async def three_links(pool: asyncpg.Pool, **changes: object) -> list[UsageRow]:
     """Four rows each, by the time of their arrival."""
-    rows = [at(second) for second in range(12)]
+    rows = [at(second, **changes) for second in range(12)]
     for some in (rows[:4], rows[4:8], rows[8:]):
         await write_rows(pool, some, KEY)
     return rows
@@ -171,7 +172,7 @@ async def test_a_column_that_comes_later_is_covered_by_who_knows_it(
     await write_rows(pool, [at(1)], KEY)
     await pool.execute("alter table usage add column region text not null default ''")
     await write_rows(pool, [at(2)], KEY)
-    known = ledger_module._INSERT.replace("cost_micros from fresh", "cost_micros, region from fresh")
+    known = ledger_module._INSERT.replace("saved_micros from fresh", "saved_micros, region from fresh")
     monkeypatch.setattr(ledger_module, "_INSERT", known)
     await write_rows(pool, [at(3)], KEY)
     await whole(pool)
@@ -192,7 +193,8 @@ OTHER = {
 
 
 async def test_a_row_of_which_any_column_was_altered_is_named(pool: asyncpg.Pool) -> None:
-    rows = await three_links(pool)
+    saved = {"source": "cache", "source_id": new_id(), "saved_tokens": 5, "saved_micros": 7}
+    rows = await three_links(pool, **saved)
     columns = await pool.fetch(
         "select column_name as name, data_type as type, is_nullable as null from information_schema.columns "
         "where table_name = 'usage' order by ordinal_position"
@@ -425,7 +427,7 @@ async def test_rows_of_before_the_migration_are_not_covered_and_it_is_said(
     await migrate(empty_database_url, tmp_path)
     now = datetime.now(UTC)
     async with asyncpg.create_pool(empty_database_url, min_size=1) as pool:
-        columns = ledger_module.COLUMNS
+        columns = ledger_module.COLUMNS[: ledger_module.COLUMNS.index("source")]
         await pool.copy_records_to_table("usage", records=[[getattr(row(), name) for name in columns]], columns=columns)
         await migrate(empty_database_url)
         report = await verify(pool, KEY)

@@ -22,7 +22,7 @@ from gateway.stores.ledger import COLUMNS
 from gateway.stores.records import Begin, End, Record, Tick, Void
 from gateway.stores.segments import Position, Tail, abandoned, claim, path_of, segments_of, take
 from gateway.stores.usage import UsageRow
-from tests.support.journal_writer import begun, row
+from tests.support.journal_writer import begun, remembered, row
 
 pytestmark = pytest.mark.integration
 
@@ -84,11 +84,11 @@ def test_records_come_back_as_they_were_written() -> None:
 
 
 def test_rows_of_a_release_with_other_columns_are_read_by_their_names() -> None:
-    written = row()
+    written = remembered()
     names = [field.name for field in fields(UsageRow)]
     values = [getattr(written, name) for name in names]
     older = records._framed(["end", *values[:-1]])[:-1]
-    assert records.read(older, tuple(names[:-1])) == End(replace(written, cost_micros=None))
+    assert records.read(older, tuple(names[:-1])) == End(replace(written, saved_micros=None))
     newer = records._framed(["end", "new", *reversed(values)])[:-1]
     assert records.read(newer, ("unheard_of", *reversed(names))) == End(written)
 

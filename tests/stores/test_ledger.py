@@ -7,6 +7,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from gateway.exchange import new_id
 from gateway.stores.ledger import COLUMNS, RowError, drop_months, make_partitions, write_rows
 from gateway.stores.migrations import migrate
 from gateway.stores.usage import UsageRow
@@ -21,8 +22,10 @@ TODAY = datetime.now(UTC).date()
 
 def some_rows(count: int = 200) -> list[UsageRow]:
     chance = random.Random(7)
+    remembered = {"source": "shared", "source_id": new_id(), "usage_source": "none", "saved_tokens": 7}
     return [
         row(
+            **chance.choice([{}, {}, remembered, {**remembered, "saved_micros": 3}]),
             started_at=datetime.now(UTC) - timedelta(hours=chance.randrange(5)),
             key_id=chance.choice(["KeyA", "KeyB"]),
             user_id=chance.choice(["", "ann"]),
@@ -42,7 +45,8 @@ async def balanced(pool: asyncpg.Pool) -> bool:
 
 
 async def stored(pool: asyncpg.Pool) -> dict[str, UsageRow]:
-    names = ", ".join(f"{name}::text" if name in ("request_id", "account_id") else name for name in COLUMNS)
+    ids = ("request_id", "account_id", "source_id")
+    names = ", ".join(f"{name}::text" if name in ids else name for name in COLUMNS)
     return {one[0]: UsageRow(*one) for one in await pool.fetch(f"select {names} from usage")}
 
 
@@ -187,11 +191,12 @@ async def test_the_migration_moves_the_rows_that_are_there_and_sums_them_up(
     for path in (SCHEMA.parent / "migrations").glob("0001*"):
         (tmp_path / path.name).write_text(path.read_text())
     await migrate(empty_database_url, tmp_path)
-    rows = [replace(one, cost_micros=None) for one in some_rows()]
+    rows = [replace(one, cost_micros=None) for one in some_rows() if one.source == "provider"]
     rows += [replace(rows[0], request_id=row().request_id, started_at=datetime(1970, 1, 1, tzinfo=UTC))]
     async with asyncpg.create_pool(empty_database_url, min_size=1) as pool:
-        before = [tuple(getattr(one, name) for name in COLUMNS[:-1]) for one in rows]
-        await pool.copy_records_to_table("usage", records=before, columns=COLUMNS[:-1])
+        columns = COLUMNS[: COLUMNS.index("cost_micros")]
+        before = [tuple(getattr(one, name) for name in columns) for one in rows]
+        await pool.copy_records_to_table("usage", records=before, columns=columns)
         await migrate(empty_database_url)
         assert await stored(pool) == {one.request_id: one for one in rows}
         assert await balanced(pool)

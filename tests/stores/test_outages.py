@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -20,14 +20,14 @@ LIMITED = Outage(mark_of("openai", "https://api.openai.com/v1", "sk-secret"), "g
 async def listening(redis: Redis) -> AsyncIterator[tuple[Outages, list[Outage]]]:
     outages, heard = Outages(redis), list[Outage]()
     listens = await subscribed(redis)
-    task = asyncio.create_task(outages.run(heard.append))
+    tasks = [asyncio.create_task(outages.send()), asyncio.create_task(outages.listen(heard.append))]
     try:
         await until(lambda: subscribed(redis), listens + 1)
         yield outages, heard
     finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def subscribed(redis: Redis) -> int:

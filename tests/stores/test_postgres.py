@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 from asyncpg import exceptions as pg
 
+from gateway.databases import connect_database
 from gateway.protocol.errors import Unavailable
 from gateway.stores.postgres import HOT_ACQUIRE_TIMEOUT, HOT_COMMAND_TIMEOUT, connection, database_errors, kind_of
 
@@ -98,6 +99,34 @@ async def test_a_connection_serves_and_goes_back(pool: asyncpg.Pool) -> None:
     async with connection(pool) as borrowed:
         assert await borrowed.fetchval("select 1") == 1
     assert pool.get_idle_size() == pool.get_size()
+
+
+async def test_a_connection_goes_back_without_a_word_to_the_server(database_url: str, servers: "Servers") -> None:
+    pool = await connect_database(database_url)
+    admin = await asyncpg.connect(servers.database_url)
+    try:
+        async with connection(pool) as borrowed:
+            served = await borrowed.fetchval("select pg_backend_pid()")
+        said = await admin.fetchval("select query from pg_stat_activity where pid = $1", served)
+        assert said == "select pg_backend_pid()"
+    finally:
+        await admin.close()
+        await pool.close()
+
+
+async def test_a_transaction_that_somebody_left_open_is_rolled_back(database_url: str) -> None:
+    pool = await connect_database(database_url)
+    try:
+        async with connection(pool) as borrowed:
+            served = await borrowed.fetchval("select pg_backend_pid()")
+            await borrowed.execute("begin; set local work_mem = '64MB'; create table left_open ()")
+        async with connection(pool) as borrowed:
+            assert await borrowed.fetchval("select pg_backend_pid()") == served
+            assert not borrowed.is_in_transaction()
+            assert await borrowed.fetchval("select to_regclass('left_open')") is None
+            assert await borrowed.fetchval("show work_mem") != "64MB"
+    finally:
+        await pool.close()
 
 
 async def test_a_closed_pool_is_unavailable(pool: asyncpg.Pool) -> None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.exchange import new_id
 from gateway.stores.ledger import drop_months, write_rows
 from gateway.stores.stats import _ROWS, GROUP_BY, Figures, Scope, read_stats
 from gateway.stores.sums import SPANS, begin_of, pieces
@@ -56,7 +57,10 @@ select
     sum(prompt_tokens)::bigint, sum(completion_tokens)::bigint, sum(cached_tokens)::bigint,
     sum(cache_write_tokens)::bigint, sum(reasoning_tokens)::bigint, coalesce(sum(cost_micros), 0)::bigint,
     count(*) filter (where cost_micros is null),
-    avg(latency_ms) filter (where outcome <> 'interrupted' or latency_ms > 0)::float8, avg(ttft_ms)::float8
+    count(*) filter (where source <> 'provider' and outcome in ('ok', 'client_abort', 'budget_exhausted')),
+    sum(saved_tokens)::bigint, coalesce(sum(saved_micros), 0)::bigint,
+    avg(latency_ms) filter (where source = 'provider' and (outcome <> 'interrupted' or latency_ms > 0))::float8,
+    avg(ttft_ms) filter (where source = 'provider')::float8
 from usage
 where ($1::uuid is null or account_id = $1) and ($2::text is null or user_id = $2)
   and ($3::text is null or app_id = $3) and ($4::text is null or model = $4) and ($5::text is null or provider = $5)
@@ -182,7 +186,8 @@ async def test_rollups_move_with_the_rows_and_are_what_they_would_be_made_anew(p
 
     guesses = [begun(started_at=one().started_at, user_id="guess", latency_ms=7) for _ in range(50)]
     ends = [replace(guess, outcome="ok", user_id="end", model="c", completion_tokens=9, ttft_ms=3) for guess in guesses]
-    rows = [one(cost_micros=chance.choice([None, 5])) for _ in range(200)]
+    saved = {"source": "cache", "source_id": new_id(), "saved_tokens": 9, "saved_micros": 4}
+    rows = [one(cost_micros=chance.choice([None, 5]), **chance.choice([{}, {}, saved])) for _ in range(200)]
     batches = [guesses, rows[:120], [*guesses, *rows], [*ends, *rows[50:90]], ends]
     for batch in batches:
         await write_rows(pool, batch)

@@ -6,7 +6,7 @@ what must be in the database:
     about ID                        begin is called next
     begun ID                        begin has returned: the provider may be called
     ending ID PROMPT COMPLETION     end is called next, with these tokens
-    ended ID PROMPT COMPLETION      end and synced have returned: the client may have the last byte
+    ended ID PROMPT COMPLETION      end and synced have returned: the client may have the last byte; the same of `add`
     voiding ID, voided ID           the same for void
 """
 
@@ -69,6 +69,15 @@ def begun(**changes: Any) -> UsageRow:
     return row(**{**unknown, "ttft_ms": None, "cost_micros": None, **changes})
 
 
+def remembered(paid: UsageRow | None = None, **changes: Any) -> UsageRow:
+    """A row of an answer that `paid` is of, too."""
+    paid = paid or row()
+    nothing: dict[str, Any] = {"prompt_tokens": 0, "completion_tokens": 0, "cached_tokens": 0, "cache_write_tokens": 0}
+    nothing |= {"reasoning_tokens": 0, "usage_source": "none", "finish_reason": "", "cost_micros": 0}
+    saved = {"source_id": paid.request_id, "saved_tokens": paid.total_tokens, "saved_micros": paid.cost_micros}
+    return replace(paid, request_id=new_id(), source="shared", **{**nothing, **saved, **changes})
+
+
 def _tell(*words: object) -> None:
     os.write(1, (" ".join(map(str, words)) + "\n").encode())
 
@@ -93,6 +102,16 @@ async def _exchange(journal: Journal) -> None:
     journal.end(last)
     await journal.synced()
     _tell("ended", *figures)
+    for _ in range(random.randrange(3)):
+        _remember(journal, last)
+
+
+def _remember(journal: Journal, paid: UsageRow) -> None:
+    """Somebody gets the same answer, for which nobody is paid."""
+    hit = remembered(paid, started_at=datetime.now(UTC))
+    _tell("ending", hit.request_id, 0, 0)
+    assert journal.add(hit)
+    _tell("ended", hit.request_id, 0, 0)
 
 
 async def _work(root: Path, database_url: str, rate: float) -> None:
