@@ -17,12 +17,14 @@ from typing import Any, Literal, NamedTuple, Protocol
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, ReadOnlyError, RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from gateway.protocol.errors import Unavailable
 from gateway.stores.script_connection import kind_of
 
 FLUSH = 0.05  # seconds that pieces are gathered for, and that whoever reads waits for the next
 TIMEOUT = 1.0  # seconds of a round trip
+HELD_UP = 0.2  # seconds that a time-out comes too late when the loop was
 BEGIN = 1.0  # seconds that a request waits to hear that its stream is held; a Redis that is known to be gone: none
 PAUSE = 1.0  # seconds after a round trip that failed
 LEASE = 10_000  # milliseconds without a word of its maker, after which a stream has none
@@ -39,6 +41,7 @@ _SCRIPT = resources.files("gateway.stores").joinpath("streams.lua").read_text("u
 _SHA = hashlib.sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()  # the name that EVALSHA knows it by
 
 _Command = tuple[str | bytes | int, ...]
+_Asked = tuple[_Command, asyncio.Future[Any]]
 Result = Literal["held", "refused", "failed", "lost"]
 RESULTS: tuple[Result, ...] = ("held", "refused", "failed", "lost")
 
@@ -128,8 +131,8 @@ class Streams:
         self._gone = gone
         self._open: dict[str, _Writing] = {}
         self._due: dict[_Writing, None] = {}  # to be written, oldest first
-        self._asked: list[tuple[_Command, asyncio.Future[Any]]] = []
-        self._reading: list[tuple[_Command, asyncio.Future[Any]]] = []  # likewise: after all others, READS at a time
+        self._asked: list[_Asked] = []
+        self._reading: list[_Asked] = []  # likewise: after all others, READS at a time
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None  # sets it
         self._beat_at = 0.0  # seconds, monotonic
@@ -205,12 +208,15 @@ class Streams:
         if self._lost:
             _tell(asked, ConnectionError())
             return asked
-        (self._reading if command[4] == "read" else self._asked).append((command, asked))
+        self._queue((command, asked))
         if at_once:
             self._now()
         else:
             self._soon()
         return asked
+
+    def _queue(self, one: _Asked) -> None:
+        (self._reading if one[0][4] == "read" else self._asked).append(one)
 
     def _soon(self) -> None:
         if self._timer is None and not self._wake.is_set():
@@ -251,9 +257,13 @@ class Streams:
         if not asked and not steps:
             return
         commands = [*(command for command, _ in asked), *(self._append(step) for step in steps)]
+        begun = monotonic()
         try:
             answers = await self._execute(commands)
         except BaseException as error:
+            if isinstance(error, TimeoutError | RedisTimeoutError) and monotonic() - begun > TIMEOUT + HELD_UP:
+                self._once_more(asked, steps)
+                return
             # Also of a bug, and when the loop is shut down: nobody is left waiting.
             for _, future in asked:
                 _tell(future, error)
@@ -289,6 +299,17 @@ class Streams:
         self._loaded = True
         return answers
 
+    def _once_more(self, asked: Sequence[_Asked], steps: Sequence[_Step]) -> None:
+        """The loop was held up, and the time over before anybody could read an answer: that says nothing of Redis."""
+        self._loaded = False
+        for one in asked:
+            self._queue(one)
+        self._write_again(steps)
+        self._now()
+
+    def _write_again(self, steps: Sequence[_Step]) -> None:
+        self._due = {step.writing: None for step in steps if step.writing.name in self._open} | self._due
+
     async def _lose(self, error: Exception, steps: Sequence[_Step]) -> None:
         self._on_error(kind_of(error))
         self._lost, self._loaded = True, False
@@ -296,7 +317,7 @@ class Streams:
             _tell(future, error)
         self._asked.clear()
         self._reading.clear()
-        self._due = {step.writing: None for step in steps if step.writing.name in self._open} | self._due
+        self._write_again(steps)
         # An old connection may lead to a server that is a replica now.
         await self._redis.connection_pool.disconnect(inuse_connections=False)
         await asyncio.sleep(PAUSE)

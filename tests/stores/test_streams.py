@@ -1,6 +1,7 @@
 """Streams in Redis, over a real one."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -253,6 +254,24 @@ async def test_while_redis_is_gone_nobody_waits_for_it(redis_url: str) -> None:
         assert not await one.streams.begin(KEY, name_of(KEY, "t"))
         await proxy.mend()
         await one.until("s", 3)
+
+
+async def test_a_loop_that_was_held_up_takes_no_redis_for_gone(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TIMEOUT", 0.1)
+    async with node(redis_url) as one:
+        await one.begin("s", b"one")
+        await one.until("s", 3)
+        execute, tries = one.streams._execute, list[None]()
+
+        async def held_up(commands: Any) -> list[Any]:
+            tries.append(None)
+            if len(tries) == 1:
+                time.sleep(0.4)
+                raise TimeoutError
+            return await execute(commands)
+
+        monkeypatch.setattr(one.streams, "_execute", held_up)
+        assert bytes_of(await one.read("s")) == b"one"
 
 
 async def test_nobody_waits_for_a_redis_that_somebody_else_has_seen_go(redis_url: str) -> None:
