@@ -22,6 +22,7 @@ from tests.support.resuming import (
     SHORT,
     WISH,
     begin,
+    client,
     cut,
     go_on,
     name,
@@ -29,6 +30,7 @@ from tests.support.resuming import (
     refusal,
     rest,
     runs,
+    two_nodes,
     until,
 )
 
@@ -43,16 +45,13 @@ async def gateway(database_url: str, redis_url: str) -> AsyncIterator[Gateway]:
 
 @pytest.fixture
 async def nodes(database_url: str, redis_url: str) -> AsyncIterator[tuple[Gateway, Gateway]]:
-    async with running_gateway(database_url, redis_url) as one:
-        async with running_gateway(database_url, redis_url, account=one.account_id) as other:
-            other.api_key = one.api_key
-            yield one, other
+    async with two_nodes(database_url, redis_url) as both:
+        yield both
 
 
 @pytest.fixture
 async def http() -> AsyncIterator[aiohttp.ClientSession]:
-    connector = aiohttp.TCPConnector(limit=0, force_close=True)
-    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(60)) as session:
+    async with client() as session:
         yield session
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from time import monotonic
 from typing import Any
 
@@ -13,9 +12,23 @@ from redis.asyncio import Redis
 
 from gateway import resume
 from gateway.stores import streams
-from tests.support.gateway import Gateway, running_gateway
+from tests.support.gateway import Gateway
 from tests.support.proxy import Proxy, proxied_redis
-from tests.support.resuming import SHORT, begin, cut, eventually, go_on, name, read, refusal, rest, runs, until
+from tests.support.resuming import (
+    SHORT,
+    begin,
+    client,
+    cut,
+    eventually,
+    go_on,
+    name,
+    read,
+    refusal,
+    rest,
+    runs,
+    two_nodes,
+    until,
+)
 from tests.support.valkey import Valkey, valkey
 
 pytestmark = pytest.mark.integration
@@ -25,8 +38,7 @@ STEADY = "openai/mock-gpt?tokens=200&pace_ms=20"
 
 @pytest.fixture
 async def http() -> AsyncIterator[aiohttp.ClientSession]:
-    connector = aiohttp.TCPConnector(limit=0, force_close=True)
-    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(60)) as session:
+    async with client() as session:
         yield session
 
 
@@ -36,19 +48,10 @@ def redis_server() -> Iterator[Valkey]:
         yield server
 
 
-@asynccontextmanager
-async def nodes(database_url: str, redis_url: str, other_url: str = "") -> AsyncIterator[tuple[Gateway, Gateway]]:
-    """Two of them; `other_url`: how the second one gets to the same Redis."""
-    async with running_gateway(database_url, redis_url) as one:
-        async with running_gateway(database_url, other_url or redis_url, account=one.account_id) as other:
-            other.api_key = one.api_key
-            yield one, other
-
-
 @pytest.fixture
 async def parted(database_url: str, redis_url: str) -> AsyncIterator[tuple[Gateway, Gateway, Proxy]]:
     """Two nodes, the first of which gets to Redis through the proxy."""
-    async with proxied_redis(redis_url) as (proxy, url), nodes(database_url, url, redis_url) as (one, other):
+    async with proxied_redis(redis_url) as (proxy, url), two_nodes(database_url, url, redis_url) as (one, other):
         yield one, other, proxy
 
 
@@ -122,7 +125,7 @@ def test_nobody_is_taken_for_dead_before_it_could_say_that_it_lives() -> None:
 async def test_a_redis_that_stalls_in_the_middle_holds_up_nothing_and_gets_it_all_later(
     database_url: str, redis_server: Valkey, http: aiohttp.ClientSession
 ) -> None:
-    async with nodes(database_url, redis_server.url) as (one, other):
+    async with two_nodes(database_url, redis_server.url) as (one, other):
         model = "openai/mock-gpt?tokens=100&pace_ms=20"
         response = await begin(one, http, model)
         stream, had = response.headers["X-Request-Id"], await read(response, 1000)
@@ -150,7 +153,7 @@ async def test_a_redis_that_is_full_is_read_and_gets_the_rest_when_it_has_room(
     database_url: str, redis_server: Valkey, short_leases: None, http: aiohttp.ClientSession
 ) -> None:
     """Also when a stream ended meanwhile."""
-    async with nodes(database_url, redis_server.url) as (one, other), Redis.from_url(redis_server.url) as redis:
+    async with two_nodes(database_url, redis_server.url) as (one, other), Redis.from_url(redis_server.url) as redis:
         over, _ = await cut(one, http, 100, SHORT)
         whole = await rest(other, http, over)
         stream, had = await cut(one, http, 500, "openai/mock-gpt?tokens=100&pace_ms=20")
@@ -174,7 +177,7 @@ async def test_a_redis_that_is_full_is_read_and_gets_the_rest_when_it_has_room(
 async def test_a_redis_that_lost_its_memory_gets_it_anew(
     database_url: str, redis_server: Valkey, http: aiohttp.ClientSession
 ) -> None:
-    async with nodes(database_url, redis_server.url) as (one, other):
+    async with two_nodes(database_url, redis_server.url) as (one, other):
         stream, had = await cut(one, http, 3000, "openai/mock-gpt?tokens=200&pace_ms=20")
         redis_server.kill()
         redis_server.start()

@@ -43,7 +43,6 @@ _SHA = hashlib.sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()  # the 
 _Command = tuple[str | bytes | int, ...]
 _Asked = tuple[_Command, asyncio.Future[Any]]
 Result = Literal["held", "refused", "failed", "lost"]
-RESULTS: tuple[Result, ...] = ("held", "refused", "failed", "lost")
 
 
 class Recorded(Protocol):
@@ -52,15 +51,12 @@ class Recorded(Protocol):
     @property
     def first(self) -> int:
         """The number of the oldest piece that is kept."""
-        ...
 
     def piece(self, number: int) -> bytes | None:
         """None: it is yet to come."""
-        ...
 
     def locate(self, offset: int) -> tuple[int, int] | None:
         """The piece that a byte is in, and where in it; None: it is not kept, or beyond the end."""
-        ...
 
 
 class Part(NamedTuple):
@@ -204,7 +200,8 @@ class Streams:
     def _ask(self, *command: str | bytes | int, at_once: bool = True) -> asyncio.Future[Any]:
         """Raises Unavailable when it is awaited, and Redis does not answer."""
         asked: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        asked.add_done_callback(_look)
+        # Whoever asked may have left: its error is nobody's surprise.
+        asked.add_done_callback(lambda asked: asked.cancelled() or asked.exception())
         if self._lost:
             _tell(asked, ConnectionError())
             return asked
@@ -400,9 +397,3 @@ def _tell(asked: asyncio.Future[Any], answer: object) -> None:
         asked.set_exception(Unavailable(words, code="streams_unavailable", retry_after=1))
     else:
         asked.set_result(answer)
-
-
-def _look(asked: asyncio.Future[Any]) -> None:
-    """Whoever asked may have left: its error is nobody's surprise."""
-    if not asked.cancelled():
-        asked.exception()

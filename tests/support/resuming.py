@@ -1,7 +1,8 @@
 """Streams whose connections break, and how they are continued."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
@@ -9,12 +10,29 @@ import aiohttp
 from gateway.sharing import SHARING
 from gateway.stores.streams import name_of
 from gateway.stores.tokens import parse_token
-from tests.support.gateway import Gateway, chat_body
+from tests.support.gateway import Gateway, chat_body, running_gateway
 
 WISH = {"X-Gateway-Resumable": "true"}
 SLOW = "openai/mock-gpt?pace_ms=20"
 SHORT = "openai/mock-gpt?tokens=24&pace_ms=2"
 LONG = "openai/mock-gpt?case=long&pace_ms=10"
+
+
+@asynccontextmanager
+async def two_nodes(
+    database_url: str, redis_url: str, other_redis_url: str = ""
+) -> AsyncIterator[tuple[Gateway, Gateway]]:
+    """`other_redis_url`: how the second one gets to the same Redis."""
+    async with running_gateway(database_url, redis_url) as one:
+        async with running_gateway(database_url, other_redis_url or redis_url, account=one.account_id) as other:
+            other.api_key = one.api_key
+            yield one, other
+
+
+def client() -> aiohttp.ClientSession:
+    """With a connection a request, so that one can be cut."""
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(60))
 
 
 async def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
