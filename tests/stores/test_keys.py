@@ -462,7 +462,7 @@ async def test_bad_keys_in_a_crowd_do_not_slow_a_good_one(pool: asyncpg.Pool, ac
         waits.append(time.perf_counter() - started)
     assert await crowd == [10] * 120
     assert argon2 == []
-    assert statistics.median(waits) < 0.1  # of a busy machine the slowest say nothing; Argon2 would take 30 s
+    assert statistics.quantiles(waits, n=20)[-1] < 0.25
 
 
 async def test_bad_keys_in_a_crowd_do_not_lock_a_new_good_one_out(pool: asyncpg.Pool, account: str) -> None:
