@@ -175,9 +175,12 @@ async def test_emptying_waits_for_who_is_keeping(
     assert await names(pool) == set()
 
 
-async def test_two_who_keep_the_same_answers_at_once_do_not_meet(answers: Answers, ada: str) -> None:
+async def test_two_who_keep_the_same_answers_at_once_do_not_meet(
+    answers: Answers, pool: asyncpg.Pool, ada: str
+) -> None:
     batches = [[ended(ada, n) for n in order] for order in (range(30), reversed(range(30)))]
     await asyncio.gather(*(answers.keep(batch) for batch in batches for _ in range(5)))
+    assert await names(pool) == {key(n) for n in range(30)}
 
 
 async def test_an_account_that_is_gone_keeps_nothing(answers: Answers, pool: asyncpg.Pool) -> None:
