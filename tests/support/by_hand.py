@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from copy import copy
 from typing import Any
 
 import aiohttp
@@ -16,12 +17,17 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 25\r
 
 
 class Far:
-    """A provider by hand: `script` is run for each request, once its head was read."""
+    """A provider by hand: `script` is run for each request, once its head was read.
+
+    A script has a copy that keeps to the connection of its request; the test's own has the newest.
+    """
 
     def __init__(self, script: Callable[["Far"], Awaitable[None]]) -> None:
         self._script = script
+        self._whole = self
         self.address = ""
         self.heads: list[bytes] = []
+        self.head = b""
         self.reader: asyncio.StreamReader
         self.writer: asyncio.StreamWriter
         self.gone = 0  # connections that the gateway closed
@@ -30,25 +36,25 @@ class Far:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
-                self.reader, self.writer = reader, writer
                 if head.startswith(b"GET /v1/models"):
                     writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{"data":[]}')
                     continue
+                self.reader, self.writer, self.head = reader, writer, head
                 self.heads.append(head)
-                await self._script(self)
+                await self._script(copy(self))
         except (asyncio.IncompleteReadError, ConnectionError):
             self.gone += 1
         finally:
             writer.close()
 
     async def read_body(self) -> bytes:
-        length = int(self.heads[-1].lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        length = int(self.head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
         return await self.reader.readexactly(length)
 
     async def send(self, data: bytes) -> None:
         self.writer.write(data)
         await self.writer.drain()
-        self.sent += len(data)
+        self._whole.sent += len(data)
 
     async def hang(self) -> None:
         """Until the gateway closes the connection."""
