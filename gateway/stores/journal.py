@@ -23,8 +23,9 @@ from typing import Literal
 
 from gateway.protocol.errors import Unavailable
 from gateway.stores import records
+from gateway.stores.kernel_sync import KernelSync
 from gateway.stores.segments import Position, claim, path_of, remove, segments_of
-from gateway.stores.syncing import SyncThread, Waiting
+from gateway.stores.syncing import FDATASYNC, SyncThread, Waiting, sync_folder
 from gateway.stores.usage import UsageRow
 
 log = logging.getLogger("gateway.stores.journal")
@@ -35,8 +36,6 @@ ROOM = 1024  # bytes kept free below the cap for the end of each open exchange; 
 RESERVE = 1 << 19  # bytes kept on disk for the same when the disk is full: 1,500 ends
 MAX_UNWRITTEN = 100_000  # rows in memory when not even the reserve was enough; about 100 MB
 LOGGED_EVERY = 60.0  # seconds between two words about the same trouble
-
-_fdatasync: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 
 class JournalFull(Unavailable):
@@ -50,7 +49,7 @@ class Journal:
 
     `fsync`: "group" syncs for all who wait in `synced` at once, as fast as the disk returns; "always" makes `begin` and
     `end` wait for the disk themselves, and with them every other request; "never" leaves it to the kernel, which is
-    enough for a killed process and not for a power cut.
+    enough for a killed process and not for a power cut. `fdatasync`: called instead of the kernel's, in a thread.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class Journal:
         fsync: Fsync = "group",
         max_bytes: int = 2 << 30,
         segment_bytes: int = 16 << 20,
-        fdatasync: Callable[[int], None] = _fdatasync,
+        fdatasync: Callable[[int], None] | None = None,
     ) -> None:
         self.root = root
         self.bytes = 0  # on disk, of this process and of those it inherited from; the shipper subtracts
@@ -71,7 +70,8 @@ class Journal:
         self.unwritten_voids: list[str] = []  # ids of voids that found none
         self.folder, self._lock = claim(root)
         self._fsync = fsync
-        self._fdatasync = fdatasync
+        self._fdatasync = fdatasync or FDATASYNC
+        self._kernel = KernelSync() if fdatasync is None else None
         self._max_bytes = max_bytes
         self._segment_bytes = segment_bytes
         self._segment = 0  # number of the last one
@@ -322,7 +322,10 @@ class Journal:
         if self._closing:
             return
         self._syncing = True
-        self._thread.start(partial(self._sync, *self._to_sync()), partial(self._sync_done, self._written))
+        done = partial(self._sync_done, self._written)
+        several = self._finished or self._new_files or self._file < 0
+        if several or self._kernel is None or not self._kernel.start(self._file, done):
+            self._thread.start(partial(self._sync, *self._to_sync()), done)
 
     def _to_sync(self) -> tuple[list[int], int, bool]:
         """Finished segments, the one that is written (or -1), and whether there are new ones."""
@@ -336,7 +339,7 @@ class Journal:
             for file in (*finished, *([current] if current >= 0 else [])):
                 self._fdatasync(file)
             if folder:
-                _sync_folder(self.folder)
+                sync_folder(self.folder)
         finally:
             for file in finished:
                 os.close(file)
@@ -369,6 +372,8 @@ class Journal:
         """Let go of the folder, with all on disk that is in it; it is removed when nothing is."""
         self._closing = True
         self._thread.shutdown()
+        if self._kernel is not None:
+            self._kernel.close()
         if self._fsync != "never":
             try:
                 self._sync(*self._to_sync())
@@ -389,12 +394,3 @@ class Journal:
         if not segments_of(self.folder):
             remove(self.folder)
         os.close(self._lock)
-
-
-def _sync_folder(folder: Path) -> None:
-    """A file survives a power cut only with its folder's entry."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

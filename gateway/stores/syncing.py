@@ -1,4 +1,5 @@
-"""Waiting for the disk: the thread that does, and the answers that wait for it, each no longer than it wants to.
+"""Waiting for the disk: the thread that does what the kernel does not do by itself (`stores/kernel_sync.py`), and the
+answers that wait for it, each no longer than it wants to.
 
 Every answer pays for this, so it is made of less than asyncio has for it: a call of `run_in_executor` and an
 `asyncio.wait` of each who waits took 150 µs of CPU a sync, and the timers of event loops count whole milliseconds.
@@ -11,9 +12,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from math import ceil, inf
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from time import monotonic
+
+FDATASYNC: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 _LIBC = ctypes.CDLL(None)
 _CLOCK_MONOTONIC = 1
@@ -151,3 +155,12 @@ class Alarm:
                 self._loop.remove_reader(self._file)
             os.close(self._file)
             self._file = -1
+
+
+def sync_folder(folder: Path) -> None:
+    """A file survives a power cut only with its folder's entry."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from datetime import timedelta, timezone
 from pathlib import Path
 from time import perf_counter, process_time
 
@@ -18,8 +19,8 @@ from gateway.stores import journal as journal_module
 from gateway.stores import records
 from gateway.stores import segments as segments_module
 from gateway.stores.journal import Journal, JournalFull
-from gateway.stores.ledger import COLUMNS
-from gateway.stores.records import Begin, End, Record, Tick, Void
+from gateway.stores.ledger import COLUMNS, Given, given_of, unfolded
+from gateway.stores.records import Begin, Record, Tick, Void
 from gateway.stores.segments import Position, Tail, abandoned, claim, path_of, segments_of, take
 from gateway.stores.usage import UsageRow
 from tests.support.journal_writer import begun, remembered, row
@@ -62,10 +63,7 @@ def left_behind(folder: Path) -> list[Record]:
 
 
 def ids(found: list[Record]) -> list[tuple[str, str]]:
-    return [
-        (type(record).__name__, record.row.request_id if isinstance(record, End) else record.request_id)
-        for record in found
-    ]
+    return [("End" if isinstance(record, Given) else type(record).__name__, record.request_id) for record in found]
 
 
 # --- records ------------------------------------------------------------------------------------------------------
@@ -79,7 +77,8 @@ def test_records_come_back_as_they_were_written() -> None:
         for line in (records.begin(first), records.tick("id", 1, 2, 3), records.end(last), records.void("id"))
     ]
     assert isinstance(read[0], Begin) and (read[0].request_id, read[0].row) == (first.request_id, first)
-    assert read[1:] == [Tick("id", 1, 2, 3), End(last), Void("id")]
+    assert read[1:] == [Tick("id", 1, 2, 3), given_of(last), Void("id")]
+    assert isinstance(read[2], Given) and read[2].row == last
     assert records.read(records.heading()[:-1], columns) is None
 
 
@@ -88,9 +87,15 @@ def test_rows_of_a_release_with_other_columns_are_read_by_their_names() -> None:
     names = [field.name for field in fields(UsageRow)]
     values = [getattr(written, name) for name in names]
     older = records._framed(["end", *values[:-1]])[:-1]
-    assert records.read(older, tuple(names[:-1])) == End(replace(written, saved_micros=None))
+    assert records.read(older, tuple(names[:-1])) == given_of(replace(written, saved_micros=None))
     newer = records._framed(["end", "new", *reversed(values)])[:-1]
-    assert records.read(newer, ("unheard_of", *reversed(names))) == End(written)
+    assert records.read(newer, ("unheard_of", *reversed(names))) == given_of(written)
+
+
+def test_an_end_of_another_zone_is_read_as_postgres_will_give_it_back() -> None:
+    written = row()
+    elsewhere = replace(written, started_at=written.started_at.astimezone(timezone(timedelta(hours=2))))
+    assert records.read(records.end(elsewhere)[:-1], COLUMNS) == given_of(written)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +221,16 @@ async def test_reading_goes_on_where_it_was_left(tmp_path: Path) -> None:
     again.release()
 
 
+async def test_what_is_shipped_is_told_over_whatever_was_told_before(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    told = Position(1, len(records.heading()))
+    for text in ("", "1 7 \n", f"{told.segment} {told.offset} \n", "damaged"):
+        (journal.folder / "shipped").write_text(text)
+        Tail(journal.folder).move_to(told)
+        assert Tail(journal.folder)._shipped == told
+    journal.close()
+
+
 @pytest.mark.parametrize("text", ["", "1", "1 x \n", "1 99", "0 0 \n"])
 async def test_without_a_sound_offset_everything_is_read(tmp_path: Path, text: str) -> None:
     journal = Journal(tmp_path)
@@ -238,7 +253,7 @@ async def test_interrupted_exchanges_are_told_by_their_last_tick(tmp_path: Path)
     die(journal)
     tail = Tail(journal.folder)
     everything(tail)
-    first, second = tail.interrupted().rows
+    first, second = map(unfolded, tail.interrupted().rows)
     assert first == replace(unticked, latency_ms=0)
     assert second == replace(ticked, prompt_tokens=9, completion_tokens=20, latency_ms=second.latency_ms)
     assert (first.outcome, second.outcome) == ("interrupted", "interrupted")
