@@ -10,11 +10,12 @@ JSON (RFC 8785) after the word `row` or `link`.
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import islice
+from hashlib import sha256
+from operator import itemgetter
 from uuid import UUID
 
 import asyncpg
@@ -24,7 +25,7 @@ from gateway.stores.postgres import Connection, Pool, connection
 from gateway.stores.secrets import kept_secret
 
 DIGEST = 16  # bytes: enough that nobody finds another row with the same one
-SLICE = 100  # rows that are sealed in one turn of the event loop: half a millisecond
+SLICE = 200  # rows that are sealed in one turn of the event loop: a third of a millisecond
 
 PATIENCE = 30.0  # seconds for a statement of `verify`, of which each reads a few thousand rows
 LINKS_AT_ONCE = 20
@@ -46,6 +47,21 @@ def digest_of(key: bytes, row: Sequence[object]) -> bytes:
 
 def _seal(key: bytes, word: bytes, values: Sequence[object]) -> bytes:
     return hmac.digest(key, word + orjson.dumps(values, default=_text), "sha256")
+
+
+def _sealing(key: bytes, word: bytes) -> Callable[[bytes], bytes]:
+    """The same of many arrays that are JSON already. `hmac` begins with the key anew for each: twice the time."""
+    block = key.ljust(sha256().block_size, b"\0")
+    assert len(block) == sha256().block_size, "a longer key would have to be hashed"
+    inner, outer = sha256(block.translate(hmac.trans_36) + word), sha256(block.translate(hmac.trans_5C))
+
+    def seal(values: bytes) -> bytes:
+        within, around = inner.copy(), outer.copy()
+        within.update(values)
+        around.update(within.digest())
+        return around.digest()
+
+    return seal
 
 
 def _text(value: object) -> str:
@@ -80,7 +96,7 @@ class Link:
     seq: int
     at: datetime
     width: int
-    request_ids: Sequence[UUID]
+    request_ids: Sequence[UUID | str]
     started_ats: Sequence[datetime]
     digests: Sequence[bytes]
     replaces: bool
@@ -92,23 +108,32 @@ class Link:
 
 
 _LAST = "select * from last_usage_link()"
-_ADD = "insert into usage_chain values ($1, $2, $3, $4, $5, $6, $7, $8, $9)"
+# Arrays as Postgres writes them: asyncpg asks of each value by itself what it is.
+_ADD = """
+insert into usage_chain
+values ($1, $2, $3, $4::text::uuid[], $5::text::timestamptz[], $6::text::bytea[], $7, $8, $9)
+"""
 
 
 async def link_rows(
-    borrowed: Connection, key: bytes, rows: Sequence[asyncpg.Record], *, replaces: bool, timeout: float
+    borrowed: Connection,
+    key: bytes,
+    rows: Sequence[tuple[str, datetime, bytes]],
+    *,
+    replaces: bool,
+    timeout: float,
 ) -> None:
-    """Adds a link for rows that the transaction wrote: whole ones, as they are stored. The chain is locked to its end,
-    so this is its last statement. `timeout`: seconds for each of two statements."""
-    ordered = sorted(rows, key=lambda row: row["started_at"])
+    """Adds a link for rows that the transaction wrote: of each its id, its time, and all its values as a JSON array.
+    The chain is locked to its end, so this is its last statement. `timeout`: seconds for each of two statements."""
+    ordered = sorted(rows, key=itemgetter(1))
     digests = await _digests(key, ordered)
     seq, before, at, covers_from = await _last(borrowed, timeout)
     link = Link(
         seq=seq + 1,
         at=at,
-        width=len(ordered[0]),
-        request_ids=[row["request_id"] for row in ordered],
-        started_ats=[row["started_at"] for row in ordered],
+        width=len(orjson.loads(ordered[0][2])),
+        request_ids=[row[0] for row in ordered],
+        started_ats=[row[1] for row in ordered],
         digests=digests,
         replaces=replaces,
         covers_from=covers_from,
@@ -123,10 +148,10 @@ async def link_drop(borrowed: Connection, key: bytes, covers_from: datetime, tim
         await _add(borrowed, key, Link(seq + 1, at, 0, [], [], [], False, covers_from), before, timeout)
 
 
-async def _digests(key: bytes, rows: Iterable[asyncpg.Record]) -> list[bytes]:
-    left, digests = iter(rows), list[bytes]()
-    while some := list(islice(left, SLICE)):
-        digests += [digest_of(key, tuple(row)) for row in some]
+async def _digests(key: bytes, rows: Sequence[tuple[str, datetime, bytes]]) -> list[bytes]:
+    seal, digests = _sealing(key, b"row"), list[bytes]()
+    for start in range(0, len(rows), SLICE):
+        digests += [seal(values)[:DIGEST] for _, _, values in rows[start : start + SLICE]]
         await asyncio.sleep(0)
     return digests
 
@@ -140,8 +165,24 @@ async def _last(borrowed: Connection, timeout: float) -> tuple[int, bytes, datet
 
 
 async def _add(borrowed: Connection, key: bytes, link: Link, before: bytes, timeout: float) -> None:
-    values = [getattr(link, name) for name in Link.__slots__]
-    await borrowed.execute(_ADD, *values, link.head(key, before), timeout=timeout)
+    await borrowed.execute(
+        _ADD,
+        link.seq,
+        link.at,
+        link.width,
+        _array(link.request_ids),
+        _array(link.started_ats),
+        _array([f"\\x{digest.hex()}" for digest in link.digests]),
+        link.replaces,
+        link.covers_from,
+        link.head(key, before),
+        timeout=timeout,
+    )
+
+
+def _array(values: Sequence[object]) -> str:
+    """Quotes and backslashes in it are as in JSON."""
+    return "{" + orjson.dumps(values).decode()[1:-1] + "}"
 
 
 # --- verification -------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from redis.asyncio import Redis
 
 from gateway.stores import records
+from gateway.stores.ledger import Given
 from gateway.stores.script_connection import kind_of
 from gateway.stores.usage import UsageRow
 
@@ -344,7 +345,7 @@ def _row(line: bytes, columns: Sequence[str]) -> UsageRow:
     record = records.read(line, tuple(columns))
     if isinstance(record, records.Begin):
         return replace(record.row, outcome="interrupted", latency_ms=0)  # how long it ran nobody knows
-    if isinstance(record, records.End):
+    if isinstance(record, Given):
         return record.row
     raise records.Unreadable("neither a begin nor an end")
 

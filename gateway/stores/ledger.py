@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import fields
 from datetime import UTC, date, datetime
 from operator import attrgetter
+from typing import NamedTuple
 
 import asyncpg
 import orjson
@@ -22,7 +23,6 @@ PATIENCE = 5.0  # seconds for a connection, and for each statement; nobody waits
 
 COLUMNS = tuple(field.name for field in fields(UsageRow))
 values_of = attrgetter(*COLUMNS)
-_ALL = ", ".join(COLUMNS)  # not `*`: a column that a later version adds would end the statements that are prepared
 
 
 class RowError(Exception):
@@ -31,34 +31,74 @@ class RowError(Exception):
 
 # --- rows ---------------------------------------------------------------------------------------------------------
 
+
+class Given(NamedTuple):
+    """A row as the journal has it, Postgres is given it, and the chain seals it: nobody takes it apart on the way."""
+
+    request_id: str
+    started_at: datetime
+    values: bytes  # of COLUMNS, a JSON array: ids and times as Postgres gives them back
+
+    @property
+    def row(self) -> UsageRow:
+        values = orjson.loads(self.values)
+        values[1] = self.started_at
+        return UsageRow(*values)
+
+
+Row = UsageRow | Given
+
+
+def unfolded(row: Row) -> UsageRow:
+    return row.row if isinstance(row, Given) else row
+
+
+def given_of(row: UsageRow) -> Given:
+    """Raises TypeError for what is no text, or a number beyond 64 bit."""
+    request_id, started_at, *others = values_of(row)
+    started_at = started_at.astimezone(UTC)
+    return Given(request_id, started_at, orjson.dumps((request_id, started_at, *others)))
+
+
 # One argument for all: asyncpg checks each value of an array by itself, which made a row twice as dear for us.
 _GIVEN = """
 with given as (
-    select * from json_to_recordset($1::json) as given (
-        request_id uuid, started_at timestamptz, key_id text, account_id uuid, user_id text, app_id text,
-        client_request_id text, provider text, model text, upstream_model text,
-        stream boolean, status integer, outcome text, error_code text, finish_reason text,
-        prompt_tokens bigint, completion_tokens bigint, cached_tokens bigint, cache_write_tokens bigint,
-        reasoning_tokens bigint, usage_source text, latency_ms integer, ttft_ms integer, cost_micros bigint,
-        source text, source_id uuid, saved_tokens bigint, saved_micros bigint
-    )
+    select
+        (given ->> 0)::uuid as request_id, (given ->> 1)::timestamptz as started_at, given ->> 2 as key_id,
+        (given ->> 3)::uuid as account_id, given ->> 4 as user_id, given ->> 5 as app_id,
+        given ->> 6 as client_request_id, given ->> 7 as provider, given ->> 8 as model, given ->> 9 as upstream_model,
+        (given ->> 10)::boolean as stream, (given ->> 11)::integer as status, given ->> 12 as outcome,
+        given ->> 13 as error_code, given ->> 14 as finish_reason, (given ->> 15)::bigint as prompt_tokens,
+        (given ->> 16)::bigint as completion_tokens, (given ->> 17)::bigint as cached_tokens,
+        (given ->> 18)::bigint as cache_write_tokens, (given ->> 19)::bigint as reasoning_tokens,
+        given ->> 20 as usage_source, (given ->> 21)::integer as latency_ms, (given ->> 22)::integer as ttft_ms,
+        (given ->> 23)::bigint as cost_micros, given ->> 24 as source, (given ->> 25)::uuid as source_id,
+        (given ->> 26)::bigint as saved_tokens, (given ->> 27)::bigint as saved_micros
+    from jsonb_array_elements($1::jsonb) as given
 ),
+"""
+
+# Nearly always all: which they are is said when they are not.
+_WRITTEN = """
+select
+    count(*),
+    case when count(*) < jsonb_array_length($1::jsonb) then array_agg(request_id::text) end,
+    case when count(*) < jsonb_array_length($1::jsonb) then array_agg(started_at) end
+from written
 """
 
 _INSERT = (
     _GIVEN  # noqa: S608 - constants alone
     + """
-fresh as (
+written as (
     insert into usage select * from given order by request_id
     on conflict (request_id, started_at) do nothing
     returning *
 ),
-moved as (select 1 as sign, * from fresh),
+moved as (select 1 as sign, * from written),
 """
     + COUNTED
-    + "select "
-    + _ALL
-    + " from fresh"
+    + _WRITTEN
 )
 
 # A statement of its own: it must see rows that another process wrote while the INSERT above waited for it.
@@ -71,7 +111,7 @@ before as (
     order by request_id
     for update of usage
 ),
-after as (
+written as (
     update usage set
         key_id = given.key_id, account_id = given.account_id, user_id = given.user_id, app_id = given.app_id,
         client_request_id = given.client_request_id, provider = given.provider, model = given.model,
@@ -87,12 +127,10 @@ after as (
     where usage.request_id = before.request_id and usage.started_at = before.started_at
     returning usage.*
 ),
-moved as (select -1 as sign, * from before union all select 1, * from after),
+moved as (select -1 as sign, * from before union all select 1, * from written),
 """
     + COUNTED
-    + "select "
-    + _ALL
-    + " from after"
+    + _WRITTEN
 )
 
 
@@ -101,41 +139,51 @@ moved as (select -1 as sign, * from before union all select 1, * from after),
 _BEGIN = "begin isolation level read committed; set local idle_in_transaction_session_timeout = '10s'"
 
 
-async def write_rows(pool: Pool, rows: Sequence[UsageRow], key: bytes | None = None) -> int:
+async def write_rows(pool: Pool, rows: Sequence[Row], key: bytes | None = None) -> int:
     """Writes rows, counts them in the sums and names them in the chain of `key` (None: in no chain); how many are new.
 
     A row that is there already stays as it is, unless it was `interrupted` and the new one tells how it really ended.
     Raises RowError when one of them is refused; after any other error nothing can be said, and all may be tried again.
     """
+    with _refusals():
+        given = [row if isinstance(row, Given) else given_of(row) for row in rows]
+    if len({row.request_id for row in given}) < len(given):
+        given = _distinct(given)
     async with _borrowed(pool) as connection:
-        fresh = await _write(connection, _INSERT, rows, key)
-        if len(fresh) < len(rows):
-            there = {str(row["request_id"]) for row in fresh}
-            known = [row for row in rows if row.request_id not in there and row.outcome != "interrupted"]
+        fresh = await _write(connection, _INSERT, given, key)
+        if len(fresh) < len(given):
+            there = {row.request_id for row in fresh}
+            known = [row for row in given if row.request_id not in there and row.row.outcome != "interrupted"]
             if known:
                 await _write(connection, _UPGRADE, known, key)
     return len(fresh)
 
 
-async def _write(
-    connection: Connection, statement: str, rows: Sequence[UsageRow], key: bytes | None
-) -> list[asyncpg.Record]:
-    """The rows that one of the two statements wrote, as they are stored.
+def _distinct(given: Sequence[Given]) -> list[Given]:
+    """Of those that are one row the first, as if each came by itself; before it one that tells how it ended."""
+    rows = dict[tuple[str, datetime], Given]()
+    for row in sorted(given, key=lambda row: row.row.outcome == "interrupted"):
+        rows.setdefault((row.request_id, row.started_at), row)
+    return list(rows.values())
+
+
+async def _write(connection: Connection, statement: str, given: Sequence[Given], key: bytes | None) -> Sequence[Given]:
+    """The rows that one of the two statements wrote.
 
     Each is a transaction with a link of its own. Both in one would take the locks of the sums twice, so in no order,
     and two processes would deadlock.
     """
     async with transaction(connection, _BEGIN, PATIENCE):
         with _refusals():
-            written = await connection.fetch(statement, _json(rows), timeout=PATIENCE)
+            rows = b"[%b]" % b",".join([row.values for row in given])
+            [(count, ids, times)] = await connection.fetch(statement, rows.decode(), timeout=PATIENCE)
+        written = given
+        if count < len(given):
+            places = set(zip(ids or (), times or (), strict=True))
+            written = [row for row in given if row[:2] in places]
         if written and key is not None:
             await link_rows(connection, key, written, replaces=statement is _UPGRADE, timeout=PATIENCE)
     return written
-
-
-def _json(rows: Sequence[UsageRow]) -> str:
-    """An array of objects. Raises TypeError for what is no text, or a number beyond 64 bit."""
-    return orjson.dumps(rows).decode()
 
 
 @asynccontextmanager

@@ -140,9 +140,9 @@ class Recorder:
     def _to_count(self, exchange: Exchange) -> list[str]:
         """Texts that the provider did not count and the tokeniser can; none when they were asked for before."""
         meter = exchange.meter
-        if self._count is None or meter is None or _vocabulary(exchange) is None:
+        if self._count is None or meter is None or not (texts := meter.to_count()):
             return []
-        return meter.to_count()
+        return texts if _vocabulary(exchange) is not None else []
 
     async def _ask(self, exchange: Exchange, texts: list[str], seconds: float) -> None:
         meter, vocabulary = exchange.meter, _vocabulary(exchange)

@@ -4,14 +4,15 @@ A segment begins with a heading that names the columns of its rows, so that a ro
 with its names, and a release with other columns still reads it.
 """
 
+import re
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from zlib import crc32
 
 import orjson
 
-from gateway.stores.ledger import COLUMNS, values_of
+from gateway.stores.ledger import COLUMNS, Given, given_of, values_of
 from gateway.stores.usage import UsageRow
 
 _STARTED_AT = COLUMNS.index("started_at")
@@ -22,13 +23,13 @@ class Begin(NamedTuple):
     """The provider is about to be called. The row is made when it is asked for: most are followed by their end."""
 
     request_id: str
-    values: list[Any]
+    payload: bytes
     columns: tuple[str, ...]
 
     @property
     def row(self) -> UsageRow:
         """What was known by then. Raises Unreadable."""
-        return _row(self.values, self.columns)
+        return _row(_values(self.payload)[1:], self.columns)
 
 
 class Tick(NamedTuple):
@@ -40,19 +41,13 @@ class Tick(NamedTuple):
     latency_ms: int
 
 
-class End(NamedTuple):
-    """The row as it is to be stored."""
-
-    row: UsageRow
-
-
 class Void(NamedTuple):
     """The provider was not reached after all: no row is due."""
 
     request_id: str
 
 
-Record = Begin | Tick | End | Void
+Record = Begin | Tick | Given | Void  # `Given`: it ended, and this is the row as it is to be stored
 
 
 class Unreadable(Exception):
@@ -93,36 +88,55 @@ def _framed(values: Sequence[object]) -> bytes:
 def columns_of(line: bytes) -> tuple[str, ...]:
     """The columns that a segment's first line names; ours, when it cannot be read."""
     try:
-        kind, *columns = _unframed(line)
+        kind, *columns = _values(_payload(line))
     except Unreadable:
         return COLUMNS
-    return tuple(columns) if kind == "columns" else COLUMNS
+    return COLUMNS if kind != "columns" or tuple(columns) == COLUMNS else tuple(columns)
+
+
+_BEGIN = re.compile(rb'\["begin","([^"\\]*)",')  # by the columns of this release
 
 
 def read(line: bytes, columns: tuple[str, ...]) -> Record | None:
     """The record in a line without its end; None for a heading. Raises Unreadable."""
-    kind, *values = _unframed(line)
+    payload = _payload(line)
+    if columns is COLUMNS and (begin := _BEGIN.match(payload)):
+        return Begin(begin[1].decode(), payload, columns)
+    values = _values(payload)
     try:
-        match kind:
+        match values[0]:
             case "end":
-                return End(_row(values, columns))
+                return _end(payload, values, columns)
             case "begin":
-                return Begin(str(values[columns.index("request_id")]), values, columns)
+                return Begin(str(values[1 + columns.index("request_id")]), payload, columns)
             case "tick":
-                return Tick(*values)
+                return Tick(*values[1:])
             case "void":
-                return Void(*values)
+                return Void(*values[1:])
             case "columns":
                 return None
     except (IndexError, TypeError, ValueError) as error:
         raise Unreadable(str(error)) from None
-    raise Unreadable(f"a record of kind {kind!r}")
+    raise Unreadable(f"a record of kind {values[0]!r}")
 
 
-def _unframed(line: bytes) -> list[Any]:
-    length, _, payload = line[_FRAME:].partition(b" ")
-    if line[:_FRAME] != b"%08x " % crc32(payload) or length != b"%d" % len(payload):
+def _end(payload: bytes, values: list[Any], columns: tuple[str, ...]) -> Given:
+    """Its bytes go on as they are, unless another release wrote them."""
+    if columns is COLUMNS and len(values) == 1 + len(COLUMNS):
+        started_at = datetime.fromisoformat(values[1 + _STARTED_AT])  # exact: it is a part of the row's key
+        if started_at.tzinfo is UTC:
+            return Given(values[1], started_at, b"[" + payload[len(b'["end",') :])
+    return given_of(_row(values[1:], columns))
+
+
+def _payload(line: bytes) -> bytes:
+    payload = line[line.find(b" ", _FRAME) + 1 :]
+    if not line.startswith(b"%08x %d " % (crc32(payload), len(payload))):
         raise Unreadable("damaged")
+    return payload
+
+
+def _values(payload: bytes) -> list[Any]:
     try:
         values: list[Any] = orjson.loads(payload)
     except orjson.JSONDecodeError:
@@ -138,8 +152,7 @@ def _row(values: list[Any], columns: tuple[str, ...]) -> UsageRow:
             known = dict(zip(columns, values, strict=True))
             known["started_at"] = datetime.fromisoformat(known["started_at"])
             return UsageRow(**{name: value for name, value in known.items() if name in COLUMNS})
-        values = list(values)
-        values[_STARTED_AT] = datetime.fromisoformat(values[_STARTED_AT])  # exact: it is a part of the row's key
+        values[_STARTED_AT] = datetime.fromisoformat(values[_STARTED_AT])
         return UsageRow(*values)
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise Unreadable(str(error)) from None

@@ -19,7 +19,7 @@ from gateway.protocol.errors import Unavailable
 from gateway.stores.copy import Page, UsageCopy
 from gateway.stores.dead_letters import DEAD_LETTERS, bury_lines, bury_rows
 from gateway.stores.journal import Journal
-from gateway.stores.ledger import RowError, drop_months, make_partitions, write_rows
+from gateway.stores.ledger import Row, RowError, drop_months, make_partitions, unfolded, write_rows
 from gateway.stores.postgres import Pool, kind_of
 from gateway.stores.segments import Batch, Tail, abandoned, bytes_in
 from gateway.stores.usage import UsageRow
@@ -48,7 +48,7 @@ class Shipper:
         pool: Pool,
         journal: Journal,
         *,
-        batch: int = 500,
+        batch: int = 1000,
         linger: float = 0.2,
         keep_months: int = 0,
         on_rows: Callable[[str, int], None] = lambda result, count: None,
@@ -181,7 +181,7 @@ class Shipper:
     async def _ship_own(self) -> None:
         self._journal.write_unwritten()
         bound, ended = self._journal.reached, self._journal.ended - len(self._journal.unwritten)
-        while batch := await asyncio.to_thread(self._own.read, self._batch, bound):
+        while self._own.position < bound and (batch := await asyncio.to_thread(self._own.read, self._batch, bound)):
             await self._ship(self._own, batch)
             self._shipped += len(batch.rows)
         self._own.move_to(bound)
@@ -211,7 +211,7 @@ class Shipper:
             await self._remove_finished(tail)
             return
         left = tail.interrupted()
-        left.rows = [self._priced(row) for row in left.rows]
+        left.rows = [self._priced(unfolded(row)) for row in left.rows]
         await self._ship(tail, left)
         self._tell_adopted(left.rows)
         self._adopted.remove(tail)
@@ -241,9 +241,9 @@ class Shipper:
         await self._set_aside(page.damaged, f"the copy of {page.process}")
         self._tell_adopted(rows)
 
-    def _tell_adopted(self, rows: Iterable[UsageRow]) -> None:
+    def _tell_adopted(self, rows: Iterable[Row]) -> None:
         for row in rows:
-            self._on_adopted(row)
+            self._on_adopted(unfolded(row))
 
     async def _remove_finished(self, tail: Tail) -> None:
         finished = tail.finished()
@@ -253,7 +253,7 @@ class Shipper:
 
     # --- rows
 
-    async def _write(self, rows: Sequence[UsageRow]) -> None:
+    async def _write(self, rows: Sequence[Row]) -> None:
         refused = await self._write_halves(rows)
         if refused:
             await asyncio.to_thread(bury_rows, self._dead_letters, refused)
@@ -266,13 +266,13 @@ class Shipper:
         if self._copy is not None:
             self._copy.forget([row.request_id for row in rows])
 
-    async def _write_halves(self, rows: Sequence[UsageRow]) -> list[tuple[UsageRow, RowError]]:
+    async def _write_halves(self, rows: Sequence[Row]) -> list[tuple[UsageRow, RowError]]:
         """Writes all but those that the database refuses, which it returns."""
         try:
             self._on_rows("written", await write_rows(self._pool, rows, self._key))
         except RowError as error:
             if len(rows) == 1:
-                return [(rows[0], error)]
+                return [(unfolded(rows[0]), error)]
             middle = len(rows) // 2
             return [*await self._write_halves(rows[:middle]), *await self._write_halves(rows[middle:])]
         return []

@@ -21,7 +21,7 @@ from gateway.stores import shipper as shipper_module
 from gateway.stores.copy import Page, UsageCopy
 from gateway.stores.dead_letters import DEAD_LETTERS
 from gateway.stores.journal import Journal
-from gateway.stores.ledger import COLUMNS, values_of
+from gateway.stores.ledger import COLUMNS, Given, values_of
 from gateway.stores.script import connect_redis
 from gateway.stores.shipper import Shipper
 from gateway.stores.usage import UsageRow
@@ -74,7 +74,9 @@ async def kinds(redis: Redis, key: str = HASH) -> dict[str, str]:
     found: dict[Any, Any] = await redis.hgetall(key)
     heading = found.pop(b"columns", b"").rstrip()
     read = {field: records.read(line.rstrip(), records.columns_of(heading)) for field, line in found.items()}
-    return {field.decode(): type(record).__name__.lower() for field, record in read.items()}
+    return {
+        field.decode(): "end" if isinstance(one, Given) else type(one).__name__.lower() for field, one in read.items()
+    }
 
 
 @pytest.fixture

@@ -101,6 +101,15 @@ async def test_an_interrupted_row_is_replaced_by_how_it_really_ended_and_the_sum
     assert await balanced(pool)
 
 
+async def test_of_two_that_are_one_row_the_first_stays_in_one_batch_and_in_two(pool: asyncpg.Pool) -> None:
+    left, broken = row(outcome="client_abort"), row(outcome="interrupted")
+    told = replace(broken, outcome="ok", prompt_tokens=3)
+    assert await write_rows(pool, [left, broken, replace(left, outcome="ok"), told, broken]) == 2
+    await write_rows(pool, [replace(left, outcome="ok"), broken])
+    found = await pool.fetch("select request_id::text as id, outcome from usage")
+    assert {one["id"]: one["outcome"] for one in found} == {left.request_id: "client_abort", told.request_id: "ok"}
+
+
 async def test_many_writers_of_the_same_rows_count_each_once(pool: asyncpg.Pool) -> None:
     rows = some_rows(300)
     guesses = [replace(one, outcome="interrupted", completion_tokens=0) for one in rows]

@@ -22,8 +22,9 @@ from gateway.protocol.usage import Usage
 from gateway.protocol.vocabulary import Vocabulary
 from gateway.stores import recorder as recorder_module
 from gateway.stores.journal import Journal
+from gateway.stores.ledger import Given
 from gateway.stores.recorder import Recorder
-from gateway.stores.records import Begin, End, Record, Tick, Void
+from gateway.stores.records import Begin, Record, Tick, Void
 from gateway.stores.segments import Tail
 from gateway.stores.shipper import Shipper
 from gateway.stores.usage import UsageRow
@@ -119,7 +120,7 @@ def records(journal: Journal) -> list[Record]:
 
 
 def rows(journal: Journal) -> list[UsageRow]:
-    return [record.row for record in records(journal) if isinstance(record, End)]
+    return [record.row for record in records(journal) if isinstance(record, Given)]
 
 
 def figures(row: UsageRow) -> tuple[int, int, str]:
