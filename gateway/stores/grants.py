@@ -53,8 +53,10 @@ class SlidingWindow:
         return len(self._times) < limit or now - self._times[-limit] >= self._span - slack
 
     def add(self, now: float) -> None:
-        self._trim(now)
-        self._times.append(now)
+        times = self._times
+        times.append(now)
+        if now - times[0] >= self._span:
+            self._trim(now)
 
     def count(self, now: float) -> int:
         self._trim(now)
@@ -125,13 +127,16 @@ class Grants:
         A share is at least one, or its users would be locked out.
         """
         if limit := who.requests_per_minute:
-            window, share = self._window_of(who.key_id), limit // nodes or 1
-            if not window.has_room(share, now, slack):
+            window, share = self._windows.get(who.key_id), limit // nodes or 1
+            if window is not None and not window.has_room(share, now, slack):
+                self._windows.move_to_end(who.key_id)
                 return _full("requests_per_minute", limit, window, share, now)
         if (limit := who.concurrent_requests) and self._concurrent.get(who.key_id, 0) >= (limit // nodes or 1):
             return refused("concurrent_requests", limit, 0.0, 0.0)
         if (limit := self._all_limit) and not self._all.has_room(share := limit // nodes or 1, now, slack):
             return _full("global_requests_per_minute", limit, self._all, share, now)
+        if not who.requests_per_second and route not in self._rates:
+            return None
         for reason, name, rate, burst in self._buckets_of(who, route):
             wait = self._buckets.room_after(name, rate / nodes, burst // nodes or 1, now)
             if wait > slack:
@@ -143,10 +148,11 @@ class Grants:
             self._window_of(who.key_id).add(now)
         if self._all_limit:
             self._all.add(now)
-        for _, name, rate, _ in self._buckets_of(who, route):
-            self._buckets.take(name, rate / nodes, now)
         if who.concurrent_requests:
             self.hold(who.key_id, exchange_id)
+        if who.requests_per_second or route in self._rates:
+            for _, name, rate, _ in self._buckets_of(who, route):
+                self._buckets.take(name, rate / nodes, now)
 
     def hold(self, key_id: str, exchange_id: str) -> None:
         if exchange_id not in self._leases:
@@ -188,8 +194,6 @@ class Grants:
 
     def _buckets_of(self, who: Principal, route: str) -> Sequence[tuple[Reason, str, float, int]]:
         """Which limit it is, its name, requests a second and burst."""
-        if not who.requests_per_second and route not in self._rates:
-            return ()
         buckets: list[tuple[Reason, str, float, int]] = []
         if who.requests_per_second:
             buckets.append(("requests_per_second", who.key_id, who.requests_per_second, max(who.burst, 1)))

@@ -12,11 +12,34 @@ local ALL, REQUESTS_OF, LEASES_OF, RATE_OF =
 
 -- --- windows and leases ------------------------------------------------------------------------------------------
 
+-- What a call has found out, and said, by key: how many members there are once those that ended are removed, and that
+-- the key will expire.
+local members, expires = {}, {}
+
 local function count(key, limit, ended, latest)
-  redis.call("ZREMRANGEBYSCORE", key, "-inf", ended)
-  local members = redis.call("ZCARD", key)
-  if members < limit then return members end
-  return members - redis.call("ZREMRANGEBYSCORE", key, latest + 1, "+inf")
+  if not members[key] then
+    redis.call("ZREMRANGEBYSCORE", key, "-inf", ended)
+    members[key] = redis.call("ZCARD", key)
+  end
+  if members[key] >= limit then
+    members[key] = members[key] - redis.call("ZREMRANGEBYSCORE", key, latest + 1, "+inf")
+  end
+  return members[key]
+end
+
+local function add(key, id, score, life)
+  local added = redis.call("ZADD", key, score, id)
+  if members[key] then members[key] = members[key] + added end
+  if not expires[key] then
+    redis.call("PEXPIRE", key, math.ceil(life / 1000))
+    expires[key] = true
+  end
+end
+
+local function remove(key, id)
+  local removed = redis.call("ZREM", key, id)
+  if members[key] then members[key] = members[key] - removed end
+  if (members[key] or 0) == 0 then expires[key] = nil end -- a key without members is gone
 end
 
 local function count_requests(key, limit, window)
@@ -28,30 +51,20 @@ local function ends_in(key, rank, window)
   return tonumber(redis.call("ZRANGE", key, rank, rank, "WITHSCORES")[2]) + window - now
 end
 
-local function record_request(key, id, window)
-  redis.call("ZADD", key, now, id)
-  redis.call("PEXPIRE", key, math.ceil(window / 1000))
-end
-
-local function renew(leases, id, lease)
-  redis.call("ZADD", leases, now + lease, id)
-  redis.call("PEXPIRE", leases, math.ceil(lease / 1000))
-end
-
 -- --- token buckets -----------------------------------------------------------------------------------------------
 
 -- When the bucket will be full again, and in how many µs it holds one more (not above 0: it does). `interval` is µs a
 -- request, 0: there is no bucket.
-local function bucket(key, interval, burst)
+local function bucket(name, interval, burst)
   if interval == 0 then return now, 0 end
-  local full_at = tonumber(redis.call("GET", key) or 0)
+  local full_at = tonumber(redis.call("GET", RATE_OF .. name) or 0)
   if full_at > now + burst * interval + CLOCK_SKEW then full_at = 0 end
   full_at = math.max(full_at, now)
   return full_at, full_at - (burst - 1) * interval - now
 end
 
-local function take(key, full_at)
-  redis.call("SET", key, string.format("%.2f", full_at), "PX", math.ceil((full_at - now) / 1000))
+local function take(name, full_at)
+  redis.call("SET", RATE_OF .. name, string.format("%.2f", full_at), "PX", math.ceil((full_at - now) / 1000))
 end
 
 -- --- operations --------------------------------------------------------------------------------------------------
@@ -62,18 +75,28 @@ local function refusal(which, empty_after, room_after)
   return string.format("%d %.0f %.0f", which, math.ceil(empty_after), math.ceil(room_after))
 end
 
-local ADMIT = "^(%S+) (%S+)" .. string.rep(" ([%d.]+)", 7) .. " (%S+) ([%d.]+) ([%d.]+)$"
+local LIMITS = "^" .. string.rep("(%S+) ", 10) .. "(%S+)$"
 
--- Key id; exchange id; window, µs; lease, µs; then limits, for each of which 0 is none: the key's requests a window; its
+-- What is asked of one key in a call is often asked again of it: the words that were read last, and what they say.
+local read, key, window, lease, limit, concurrent, all_limit, interval, burst, route, route_interval, route_burst
+
+local function read_limits(words)
+  read = words
+  key, window, lease, limit, concurrent, all_limit, interval, burst, route, route_interval, route_burst =
+    string.match(words, LIMITS)
+  window, lease, limit, concurrent = tonumber(window), tonumber(lease), tonumber(limit), tonumber(concurrent)
+  all_limit, interval, burst = tonumber(all_limit), tonumber(interval), tonumber(burst)
+  route_interval, route_burst = tonumber(route_interval), tonumber(route_burst)
+end
+
+-- Exchange id; key id; window, µs; lease, µs; then limits, for each of which 0 is none: the key's requests a window; its
 -- concurrent requests; requests a window of all keys together; µs a request and burst of the key's bucket; route, µs a
 -- request and burst of its bucket. Answers a refusal, or 0 and what is left of the key's requests a window.
 function operations.admit(words)
-  local key, id, window, lease, limit, concurrent, all_limit, interval, burst, route, route_interval, route_burst =
-    string.match(words, ADMIT)
-  local requests, leases = REQUESTS_OF .. key, LEASES_OF .. key
-  local rate, route_rate = RATE_OF .. "k:" .. key, RATE_OF .. "r:" .. route
-  window, lease, limit, concurrent = tonumber(window), tonumber(lease), tonumber(limit), tonumber(concurrent)
-  all_limit, interval, route_interval = tonumber(all_limit), tonumber(interval), tonumber(route_interval)
+  local space = string.find(words, " ", 1, true)
+  local id, limits = string.sub(words, 1, space - 1), string.sub(words, space + 1)
+  if limits ~= read then read_limits(limits) end
+  local requests, leases, rate, route_rate = REQUESTS_OF .. key, LEASES_OF .. key, "k:" .. key, "r:" .. route
 
   local taken = count_requests(requests, limit, window)
   if limit > 0 and taken >= limit then
@@ -86,14 +109,14 @@ function operations.admit(words)
   if all_limit > 0 and all_taken >= all_limit then
     return refusal(ALL_REQUESTS, ends_in(ALL, -1, window), ends_in(ALL, all_taken - all_limit, window))
   end
-  local full_at, wait = bucket(rate, interval, tonumber(burst))
+  local full_at, wait = bucket(rate, interval, burst)
   if wait >= 1 then return refusal(RATE, full_at - now, wait) end
-  local route_full_at, route_wait = bucket(route_rate, route_interval, tonumber(route_burst))
+  local route_full_at, route_wait = bucket(route_rate, route_interval, route_burst)
   if route_wait >= 1 then return refusal(ROUTE_RATE, route_full_at - now, route_wait) end
 
-  if limit > 0 then record_request(requests, id, window) end
-  if concurrent > 0 then renew(leases, id, lease) end
-  if all_limit > 0 then record_request(ALL, id, window) end
+  if limit > 0 then add(requests, id, now, window) end
+  if concurrent > 0 then add(leases, id, now + lease, lease) end
+  if all_limit > 0 then add(ALL, id, now, window) end
   if interval > 0 then take(rate, full_at + interval) end
   if route_interval > 0 then take(route_rate, route_full_at + route_interval) end
   return string.format("0 %d", math.max(limit - taken - 1, 0))
@@ -102,11 +125,12 @@ end
 -- Key id; exchange id; lease, µs.
 function operations.renew(words)
   local key, id, lease = string.match(words, "^(%S+) (%S+) (%d+)")
-  renew(LEASES_OF .. key, id, tonumber(lease))
+  lease = tonumber(lease)
+  add(LEASES_OF .. key, id, now + lease, lease)
 end
 
 -- Key id; exchange id.
 function operations.release(words)
   local key, id = string.match(words, "^(%S+) (%S+)")
-  redis.call("ZREM", LEASES_OF .. key, id)
+  remove(LEASES_OF .. key, id)
 end

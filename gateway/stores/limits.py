@@ -70,7 +70,8 @@ class Limiter:
 
         What it granted is held until `release`.
         """
-        if not self._limits(principal, route):
+        of_key = principal.requests_per_minute or principal.concurrent_requests or principal.requests_per_second
+        if not (of_key or self._all_limit or route in self._rates):
             return UNLIMITED
         now = self._script.clock()
         if self._script.gone:
@@ -105,14 +106,10 @@ class Limiter:
             self._grants.give_back(exchange_id)
             self._release_lease(key_id, exchange_id)
 
-    def _limits(self, who: Principal, route: str) -> bool:
-        of_key = who.requests_per_minute or who.concurrent_requests or who.requests_per_second
-        return bool(of_key or self._all_limit or route in self._rates)
-
     # --- with Redis ---
 
     def words_of(self, who: Principal, route: str) -> str:
-        """What limits.lua reads of an "admit" after the ids: the same for all that one key asks of one route."""
+        """What limits.lua reads of an "admit" after its exchange: the same for all that one key asks of one route."""
         known = self._words.get((who.key_id, route))
         if known is not None and known[0] is who:
             return known[1]
@@ -120,7 +117,7 @@ class Limiter:
             self._words.clear()
         route_rate, route_burst = self._rates.get(route, (0.0, 0))
         words = (
-            f"{self._window * 1e6:.0f} {self._script.lease * 1e6:.0f}"
+            f"{who.key_id} {self._window * 1e6:.0f} {self._script.lease * 1e6:.0f}"
             f" {who.requests_per_minute} {who.concurrent_requests} {self._all_limit}"
             f" {_interval(who.requests_per_second)} {max(who.burst, 1)}"
             f" {route or '-'} {_interval(route_rate)} {max(route_burst, 1)}"
@@ -208,7 +205,7 @@ class _Admit(Operation):
         self.answer: asyncio.Future[Admission] = asyncio.get_running_loop().create_future()
 
     def line(self) -> str:
-        return f"admit {self.who.key_id} {self.exchange_id} {self._limiter.words_of(self.who, self.route)}"
+        return f"admit {self.exchange_id} {self._limiter.words_of(self.who, self.route)}"
 
     def wanted(self) -> bool:
         """Not when who asked has left meanwhile."""

@@ -1,6 +1,7 @@
 #!lua
 -- One call for any number of operations, done in their order. This file, limits.lua and budgets.lua are one script:
--- each operation is a function in `operations`, and answers a line of integers, or nothing.
+-- each operation is a function in `operations`, and answers a line of integers, or nothing. All of a call happens in
+-- one moment, `now`.
 --
 -- The first line makes the server look before it starts whether it may write and has memory left; without it a script
 -- that begins by removing something is let through. It takes Redis 7 or Valkey.
@@ -41,10 +42,17 @@ local operations = {}
 
 function operations.probe() end
 
-local function answers()
-  local lines = {epoch}
-  for name, words in string.gmatch(ARGV[3], "(%S+) ([^\n]*)") do
-    lines[#lines + 1] = operations[name](words) or ""
+-- `define_more` is called for the first operation that is not defined yet. To make the functions of budgets.lua takes
+-- as long as two operations.
+local function answers(define_more)
+  local lines, asked, at = {epoch}, ARGV[3], 1
+  while at <= #asked do
+    local space = string.find(asked, " ", at, true)
+    local after = string.find(asked, "\n", space, true) or #asked + 1
+    local name = string.sub(asked, at, space - 1)
+    if not operations[name] then define_more() end
+    lines[#lines + 1] = operations[name](string.sub(asked, space + 1, after - 1)) or ""
+    at = after + 1
   end
   return table.concat(lines, "\n")
 end

@@ -74,7 +74,9 @@ def _lua(name: str) -> str:
     return resources.files("gateway.stores").joinpath(name).read_text("utf-8")
 
 
-_SCRIPT = "\n".join([_lua("script.lua"), _lua("limits.lua"), _lua("budgets.lua"), "return answers()"]).encode()
+_SCRIPT = "\n".join(
+    [_lua("script.lua"), _lua("limits.lua"), "return answers(function()", _lua("budgets.lua"), "end)"]
+).encode()
 
 
 class Operation:
@@ -170,7 +172,8 @@ class RedisScript:
     def send(self, operation: Operation) -> None:
         """With the next round trip; when Redis is gone, once it is back."""
         self._queue.append(operation)
-        self._start()
+        if not self._trip:  # after one that is under way the next begins by itself
+            self._start()
 
     def send_later(self, operation: Operation) -> None:
         """With one of the next round trips, a few at a time: a thousand renewals hold up nobody. Lost with Redis."""

@@ -18,7 +18,7 @@ from gateway.stores import grants as grants_module
 from gateway.stores import script
 from gateway.stores.grants import UNLIMITED, Admission, Buckets, Grants, SlidingWindow
 from gateway.stores.limits import Limiter
-from gateway.stores.script import RedisScript, connect_redis
+from gateway.stores.script import Operation, RedisScript, connect_redis
 from tests.support.valkey import Valkey, valkey
 
 pytestmark = pytest.mark.integration
@@ -439,6 +439,64 @@ async def test_without_redis_each_node_grants_its_share_of_a_bucket(server: Valk
 
 
 # --- concurrent requests ------------------------------------------------------------------------------------------
+
+
+async def test_all_of_one_round_trip_is_counted_and_expires_as_if_it_came_alone(redis_url: str, redis: Redis) -> None:
+    class Asked(Operation):
+        def __init__(self, text: str) -> None:
+            self.text, self.answer = text, ""
+
+        def line(self) -> str:
+            return self.text
+
+        def answered(self, answer: str) -> None:
+            self.answer = answer
+
+    limits = "key 60000000 30000000 4 1 0 0 1 - 0 1"
+    operations = [
+        Asked(text)
+        for text in (
+            f"admit a {limits}",
+            f"admit b {limits}",
+            "release key a",  # the key of the leases is gone
+            "release key a",
+            f"admit c other{limits.removeprefix('key')}",
+            f"admit d {limits}",
+            "renew key d 30000000",
+            f"admit e {limits}",
+            "release key d",
+            "settle f 1 1",  # of budgets.lua
+            f"admit g {limits}",
+            "release key g",
+            f"admit h {limits}",
+            "release key h",
+            f"admit i {limits}",
+        )
+    ]
+    async with connect_redis(redis_url) as client:
+        script = RedisScript(client)
+        for operation in operations:
+            script.send(operation)
+        await script.heard()
+        await script.close()
+    assert [o.answer.split()[:2] for o in operations if o.text.startswith("admit") and " key " in o.text] == [
+        ["0", "3"], ["2", "0"], ["0", "2"], ["2", "0"], ["0", "1"], ["0", "0"], ["1", "60000000"],
+    ]  # fmt: skip
+    assert operations[4].answer == "0 3"
+    assert await redis.zcard(REQUESTS) == 4 and await redis.exists(LEASES) == 0
+    assert 59_000 < await redis.pttl(REQUESTS) <= 60_000
+
+
+async def test_leases_that_were_all_released_and_granted_anew_in_one_round_trip_expire(
+    redis_url: str, redis: Redis
+) -> None:
+    async with limiter(redis_url) as one:
+        who = principal(concurrent_requests=1)
+        assert (await one.admit(who, "first")).granted
+        one.release(who, "first")
+        assert (await one.admit(who, "second")).granted  # shares the round trip
+        assert await redis.zrange(LEASES, 0, -1) == [b"second"]
+        assert 29_000 < await redis.pttl(LEASES) <= 30_000
 
 
 async def test_a_slot_is_free_again_when_it_is_released(redis_url: str) -> None:
