@@ -14,7 +14,7 @@ from uuid import UUID
 import orjson
 from aiohttp import web
 
-from gateway.appkeys import POOL, SHIPPER, root
+from gateway.appkeys import POOL, SHIPPER
 from gateway.exchange import Principal
 from gateway.identity import MAX_LABEL, identify, tenant
 from gateway.protocol.checks import MAX_MODEL
@@ -66,9 +66,9 @@ async def stats(turns: Turns, request: web.Request) -> web.Response:
     form = _choice(query, "format", FORMATS, "json")
     group_by = _choice(query, "group_by", GROUP_BY, "")
     scope = _scope(principal, query, default_range="24h")
-    queued = root(request)[SHIPPER].queued  # before the rows are read: one that is shipped meanwhile is in both
+    queued = request.app[SHIPPER].queued  # before the rows are read: one that is shipped meanwhile is in both
     async with turns.take(principal.account_id):
-        found = await read_stats(root(request)[POOL], scope, group_by or None)
+        found = await read_stats(request.app[POOL], scope, group_by or None)
     if form == "csv":
         return await asyncio.to_thread(_stats_csv, found, group_by)
     body: dict[str, Any] = {
@@ -100,7 +100,7 @@ async def latency(turns: Turns, request: web.Request) -> web.Response:
     name = _choice(query, "range", LATENCY_RANGES, "24h")
     scope = _scope(principal, query, default_range="24h")
     async with turns.take(principal.account_id):
-        found = await read_latency(root(request)[POOL], scope, name)
+        found = await read_latency(request.app[POOL], scope, name)
     return _json(
         {
             "range": name,
@@ -120,9 +120,9 @@ async def usage(turns: Turns, request: web.Request) -> web.Response:
     form = _choice(query, "format", FORMATS, "json")
     limit, cursor = _limit(query), _cursor(query)
     scope = _scope(principal, query, default_range="all")
-    queued = root(request)[SHIPPER].queued  # before the rows are read, as above
+    queued = request.app[SHIPPER].queued  # before the rows are read, as above
     async with turns.take(principal.account_id):
-        found = await read_rows(root(request)[POOL], scope, cursor, limit + 1)
+        found = await read_rows(request.app[POOL], scope, cursor, limit + 1)
     page, more = found[:limit], len(found) > limit
     next_cursor = page[-1].request_id if more else None
     # A thousand rows are five milliseconds of work as JSON and twenty as CSV: streams would feel it.
@@ -136,7 +136,7 @@ async def one_request(turns: Turns, request: web.Request) -> web.Response:
     principal, _ = await identify(request)
     _query(request, ())
     async with turns.take(principal.account_id):
-        row = await read_row(root(request)[POOL], tenant(principal), request.match_info["id"])
+        row = await read_row(request.app[POOL], tenant(principal), request.match_info["id"])
     return _json(_row(row))
 
 

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 from gateway.protocol.errors import NotFound, Unavailable
 from gateway.stores.postgres import Connection, Pool, connection
-from gateway.stores.sums import SPANS, Piece, begin_of, pieces
+from gateway.stores.sums import MAX_PIECES, SPANS, Piece, begin_of, pieces
 from gateway.stores.usage import UsageRow
 
 QUERY_TIMEOUT = 5.0  # seconds for one statement of a question
@@ -184,6 +184,9 @@ async def reading(pool: Pool) -> AsyncIterator[tuple[Connection, datetime]]:
 
 # --- figures ------------------------------------------------------------------------------------------------------
 
+# How many groups there are is guessed far too low: thousands of names would be sorted, which takes longer than to hash.
+_HASHED = "set local enable_sort = off"
+
 
 async def read_stats(pool: Pool, scope: Scope, group_by: str | None = None) -> Stats:
     """Figures of the rows in `scope`, grouped by one of GROUP_BY. Rows still queued are in none of them.
@@ -191,6 +194,7 @@ async def read_stats(pool: Pool, scope: Scope, group_by: str | None = None) -> S
     Where the rows of a month have been dropped, a range begins and ends with the nearest hour. Raises Unavailable.
     """
     async with reading(pool) as (reader, as_of):
+        await reader.execute(_HASHED, timeout=QUERY_TIMEOUT)
         begin, end = scope.moments(as_of)
         models = await _figures(reader, scope, "model", pieces(begin, end, as_of), TOP_MODELS)
         last_hour = await _figures(reader, scope, "", pieces(as_of - HOUR, None, as_of), 0)
@@ -236,87 +240,87 @@ and ($5::text is null or provider = $5)
 and ($6::text is null or key_id = $6)
 """
 
-# A piece at a time, each by its own index: as a join the pieces would be looked for in all there is.
+_NAME = """
+        case $7::text
+            when 'user' then user_id when 'app' then app_id when 'model' then model
+            when 'provider' then provider when 'key' then key_id else ''
+        end"""
+
+# A piece by itself: its source and its times are known when it is planned, so it is read by its own index, of one
+# partition, and by several processes where that is quicker. As a join the pieces would be looked for in all there is.
 _CELLS = (
     """
-with pieces as (
-    select source, sign, coalesce(begins, '-infinity') as begins, coalesce(ends, 'infinity') as ends
-    from unnest($8::text[], $9::integer[], $10::timestamptz[], $11::timestamptz[]) as given (source, sign, begins, ends)
-),
-parts as (
-    select sign, part.* from pieces cross join lateral (
-        with cells as (
-            select
-                usage_cells.*,
-                case $7::text
-                    when 'user' then user_id when 'app' then app_id when 'model' then model
-                    when 'provider' then provider when 'key' then key_id else ''
-                end as name,
-                case when $7 in ('day', 'hour') then date_trunc($7, start, 'UTC') end as moment
-            from usage_cells
-            where source = pieces.source and start >= begins and start < ends
-              and """  # noqa: S608 - constants alone
+    from usage_cells
+    where source = ($8::text[])[#]
+      and start >= coalesce(($10::timestamptz[])[#], '-infinity')
+      and start < coalesce(($11::timestamptz[])[#], 'infinity')
+      and """
     + IN_SCOPE
-    + ")"
 )
 
-# Of thousands of groups these are told: only their figures are all added up.
-_BUSIEST = (
-    _CELLS  # noqa: S608 - constants alone
-    + """
-        select name, sum(requests)::bigint as requests from cells group by name
-    ) as part
+_REQUESTS = (
+    "select ($9::bigint[])[#] as sign, sum64(requests) as requests," + _NAME + " as name" + _CELLS + "group by name"
 )
-select name from parts group by name having sum(sign * requests) <> 0
-order by sum(sign * requests) desc, name
+
+_SUMS = (
+    """
+    select
+        ($9::bigint[])[#] as sign,
+        sum64(requests) as requests, sum64(errors) as errors, sum64(client_aborts) as client_aborts,
+        sum64(prompt_tokens) as prompt_tokens, sum64(completion_tokens) as completion_tokens,
+        sum64(cached_tokens) as cached_tokens, sum64(cache_write_tokens) as cache_write_tokens,
+        sum64(reasoning_tokens) as reasoning_tokens,
+        sum64(cost_micros) as cost_micros, sum64(unpriced) as unpriced,
+        sum64(latency_ms) as latency_ms, sum64(latency_count) as latency_count,
+        sum64(ttft_ms) as ttft_ms, sum64(ttft_count) as ttft_count,
+        sum64(remembered) as remembered, sum64(saved_tokens) as saved_tokens, sum64(saved_micros) as saved_micros,
+        case when $7 in ('day', 'hour') then date_trunc($7, start, 'UTC') end as moment,"""
+    + _NAME
+    + " as name"
+    + _CELLS
+    + "and ($13::text[] is null or"
+    + _NAME
+    + """ in (select unnest($13))) -- hashed; an index would be searched for each
+    group by name, moment"""
+)
+
+_MOST = """
+)
+select name from parts group by name having sum64(sign * requests) <> 0
+order by sum64(sign * requests) desc, name
 limit $12
 """
-)
 
-_FIGURES = (
-    _CELLS
-    + """
-        select
-            name, moment,
-            sum(requests)::bigint as requests, sum(errors)::bigint as errors,
-            sum(client_aborts)::bigint as client_aborts,
-            sum(prompt_tokens)::bigint as prompt_tokens, sum(completion_tokens)::bigint as completion_tokens,
-            sum(cached_tokens)::bigint as cached_tokens, sum(cache_write_tokens)::bigint as cache_write_tokens,
-            sum(reasoning_tokens)::bigint as reasoning_tokens,
-            sum(cost_micros)::bigint as cost_micros, sum(unpriced)::bigint as unpriced,
-            sum(latency_ms)::bigint as latency_ms, sum(latency_count)::bigint as latency_count,
-            sum(ttft_ms)::bigint as ttft_ms, sum(ttft_count)::bigint as ttft_count,
-            sum(remembered)::bigint as remembered,
-            sum(saved_tokens)::bigint as saved_tokens, sum(saved_micros)::bigint as saved_micros
-        from cells
-        where $13::text[] is null or name in (select unnest($13)) -- hashed; an index would be searched for each
-        group by name, moment
-    ) as part
+_TOLD = """
 )
 select
     coalesce(to_char(moment at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"'), name, ''),
-    coalesce(sum(sign * requests), 0)::bigint as requests,
-    coalesce(sum(sign * errors), 0)::bigint,
-    coalesce(sum(sign * client_aborts), 0)::bigint,
-    coalesce(sum(sign * prompt_tokens), 0)::bigint,
-    coalesce(sum(sign * completion_tokens), 0)::bigint,
-    coalesce(sum(sign * cached_tokens), 0)::bigint,
-    coalesce(sum(sign * cache_write_tokens), 0)::bigint,
-    coalesce(sum(sign * reasoning_tokens), 0)::bigint,
-    coalesce(sum(sign * cost_micros), 0)::bigint,
-    coalesce(sum(sign * unpriced), 0)::bigint,
-    coalesce(sum(sign * remembered), 0)::bigint,
-    coalesce(sum(sign * saved_tokens), 0)::bigint,
-    coalesce(sum(sign * saved_micros), 0)::bigint,
-    (sum(sign * latency_ms) / nullif(sum(sign * latency_count), 0))::float8,
-    (sum(sign * ttft_ms) / nullif(sum(sign * ttft_count), 0))::float8
+    coalesce(sum64(sign * requests), 0) as requests, coalesce(sum64(sign * errors), 0),
+    coalesce(sum64(sign * client_aborts), 0),
+    coalesce(sum64(sign * prompt_tokens), 0), coalesce(sum64(sign * completion_tokens), 0),
+    coalesce(sum64(sign * cached_tokens), 0), coalesce(sum64(sign * cache_write_tokens), 0),
+    coalesce(sum64(sign * reasoning_tokens), 0),
+    coalesce(sum64(sign * cost_micros), 0), coalesce(sum64(sign * unpriced), 0),
+    coalesce(sum64(sign * remembered), 0),
+    coalesce(sum64(sign * saved_tokens), 0), coalesce(sum64(sign * saved_micros), 0),
+    (sum64(sign * latency_ms)::numeric / nullif(sum64(sign * latency_count), 0))::float8,
+    (sum64(sign * ttft_ms)::numeric / nullif(sum64(sign * ttft_count), 0))::float8
 from parts
 group by grouping sets ((), (name, moment))
-having grouping(name) = 1 or sum(sign * requests) <> 0
+having grouping(name) = 1 or sum64(sign * requests) <> 0
 order by grouping(name) desc, moment, requests desc, name
 limit $12
 """
-)
+
+
+def _by_pieces(part: str, whole: str) -> dict[int, str]:
+    """The statement for each number of pieces."""
+    parts = [part.replace("#", str(number)) for number in range(1, MAX_PIECES + 1)]
+    return {count: "with parts as (" + " union all ".join(parts[:count]) + whole for count in range(1, MAX_PIECES + 1)}
+
+
+_BUSIEST = _by_pieces(_REQUESTS, _MOST)  # of thousands of groups these are told: only their figures are all added up
+_FIGURES = _by_pieces(_SUMS, _TOLD)
 
 
 async def _figures(reader: Connection, scope: Scope, group_by: str, asked: Sequence[Piece], most: int) -> list[Figures]:
@@ -327,8 +331,9 @@ async def _figures(reader: Connection, scope: Scope, group_by: str, asked: Seque
     question = (*scope.filters, group_by, [_source(piece.span, kept) for piece in asked], signs, begins, ends)
     names = None
     if group_by in MANY and kept != "all":  # a filter leaves fewer groups than cells: once is quicker than twice
-        names = [row[0] for row in await reader.fetch(_BUSIEST, *question, most, timeout=QUERY_TIMEOUT)]
-    rows = await reader.fetch(_FIGURES, *question, most + 1, names, timeout=QUERY_TIMEOUT)
+        busiest = await reader.fetch(_BUSIEST[len(asked)], *question, most, timeout=QUERY_TIMEOUT)
+        names = [row[0] for row in busiest]
+    rows = await reader.fetch(_FIGURES[len(asked)], *question, most + 1, names, timeout=QUERY_TIMEOUT)
     return [Figures(*row) for row in rows]
 
 

@@ -135,6 +135,7 @@ def pieces(begin: datetime | None, end: datetime | None, now: datetime, spans: S
 
 
 SPANS = ("row", "hour", "day", "month")
+MAX_PIECES = 2 * len(SPANS) - 1  # two ends of each span, and the middle
 
 
 def nearest(moment: datetime, span: str) -> datetime:

@@ -15,11 +15,11 @@ MAX_TOKENS = 10**12
 MAX_MS = 2**31 - 1  # Postgres integer
 
 
-@dataclass(slots=True)  # not frozen: a frozen one takes 3 µs more to make, and every exchange makes two
+@dataclass(slots=True)
 class UsageRow:
     """The columns of table `usage`, in their order (sql/migrations/0002_usage_by_month.sql, 0009_savings.sql).
 
-    Who makes one may still put its cost on it, or what it saved; from then on nothing of it changes.
+    That of an exchange says how far it is; from its end on nothing of it changes.
     """
 
     request_id: str
@@ -57,21 +57,47 @@ class UsageRow:
 
 
 NOTHING = Usage()
+_LATER = "", False, 0, "", "", "", 0, 0, 0, 0, 0, "", 0, None  # columns from upstream_model to ttft_ms: see `row_of`
 
 
 def row_of(exchange: Exchange) -> UsageRow:
-    """The row of an exchange whose target is known; of one that a provider was called for, with what that used."""
-    principal, chat, target, meter = exchange.principal, exchange.asked, exchange.target, exchange.meter
-    assert principal is not None and chat is not None and target is not None
+    """The row of an exchange whose target is known; of one that a provider was called for, with what that used.
+
+    The same one each time, as it is by then: most of it does not change, and every exchange asks for it twice.
+    """
+    chat, target, meter, row = exchange.asked, exchange.target, exchange.meter, exchange.row
+    assert chat is not None and target is not None
+    if not isinstance(row, UsageRow):
+        row = exchange.row = _new_row(exchange)
     if exchange.source == "provider":
         assert meter is not None
-        (usage, source), finish_reason = meter.result(), meter.finish_reason or ""
+        (usage, row.usage_source), finish_reason = meter.result(), meter.finish_reason or ""
     else:
-        usage, source, finish_reason = NOTHING, "none", ""
-    prompt_tokens = _clamp(usage.prompt_tokens or 0, MAX_TOKENS)
-    completion_tokens = _clamp(usage.completion_tokens or 0, MAX_TOKENS)
-    cached_tokens = _clamp(usage.cached_tokens, prompt_tokens)  # a part is never more than its whole, whoever says so
+        usage, row.usage_source, finish_reason = NOTHING, "none", ""
+    # It fails over to other targets. What is equal was made storable before.
+    if target.provider.name != row.provider:
+        row.provider = storable(target.provider.name)
+    if target.model != row.upstream_model:
+        row.upstream_model = storable(target.model)
+    if exchange.error_code != row.error_code:
+        row.error_code = storable(exchange.error_code)
+    if finish_reason != row.finish_reason:
+        row.finish_reason = storable(finish_reason)
+    row.stream = chat.stream  # of what is passed on, its answer says it
+    row.status = _clamp(exchange.status, 999)
+    row.outcome = exchange.outcome
+    _count(row, usage)
     started, first_byte = exchange.started, exchange.first_byte
+    row.latency_ms = _milliseconds((exchange.ended or monotonic()) - started)
+    row.ttft_ms = _milliseconds(first_byte - started) if first_byte else None
+    row.cost_micros = None
+    return row
+
+
+def _new_row(exchange: Exchange) -> UsageRow:
+    """With what is known of it from the beginning."""
+    principal = exchange.principal
+    assert principal is not None
     # By position, in the order of the columns: by name it takes half as long again.
     return UsageRow(
         exchange.id,
@@ -81,23 +107,24 @@ def row_of(exchange: Exchange) -> UsageRow:
         storable(exchange.user_id),
         storable(exchange.app_id),
         storable(exchange.client_request_id),
-        storable(target.provider.name),
+        "",
         storable(exchange.model),
-        storable(target.model),
-        chat.stream,
-        _clamp(exchange.status, 999),
-        exchange.outcome,
-        storable(exchange.error_code),
-        storable(finish_reason),
-        prompt_tokens,
-        completion_tokens,
-        cached_tokens,
-        _clamp(usage.cache_write_tokens, prompt_tokens - cached_tokens),
-        _clamp(usage.reasoning_tokens, completion_tokens),
-        source,
-        _milliseconds((exchange.ended or monotonic()) - started),
-        _milliseconds(first_byte - started) if first_byte else None,
+        *_LATER,
     )
+
+
+def _count(row: UsageRow, usage: Usage) -> None:
+    prompt, completion = usage.prompt_tokens or 0, usage.completion_tokens or 0
+    cached, written, reasoned = usage.cached_tokens, usage.cache_write_tokens, usage.reasoning_tokens
+    if not (
+        0 <= cached <= cached + written <= prompt <= MAX_TOKENS  # so `written` is not negative
+        and 0 <= reasoned <= completion <= MAX_TOKENS
+    ):
+        prompt, completion = _clamp(prompt, MAX_TOKENS), _clamp(completion, MAX_TOKENS)
+        cached = _clamp(cached, prompt)  # a part is never more than its whole, whoever says so
+        written, reasoned = _clamp(written, prompt - cached), _clamp(reasoned, completion)
+    row.prompt_tokens, row.completion_tokens = prompt, completion
+    row.cached_tokens, row.cache_write_tokens, row.reasoning_tokens = cached, written, reasoned
 
 
 def remembered_row_of(exchange: Exchange) -> UsageRow:
@@ -131,4 +158,5 @@ def _clamp(number: int, most: int) -> int:
 
 
 def _milliseconds(seconds: float) -> int:
-    return _clamp(round(seconds * 1000), MAX_MS)
+    milliseconds = round(seconds * 1000)
+    return milliseconds if 0 <= milliseconds <= MAX_MS else _clamp(milliseconds, MAX_MS)

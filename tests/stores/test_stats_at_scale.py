@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from gateway.exchange import new_id
 from gateway.stores.ledger import drop_months, write_rows
 from gateway.stores.stats import _ROWS, GROUP_BY, Figures, Scope, read_stats
-from gateway.stores.sums import SPANS, begin_of, pieces
+from gateway.stores.sums import MAX_PIECES, SPANS, begin_of, pieces
 from tests.prove.stats_at_scale import ACCOUNT, DAYS, FILTERS, MOST, Question, ask, fill, questions, yardstick
 from tests.support.journal_writer import begun, row
 from tests.support.stores import Databases
@@ -157,6 +157,7 @@ def test_the_pieces_of_a_range_cover_it_once_and_nothing_else(
     begin = now - age if age is not None else None
     end = (begin or now) + length if length is not None else None
     made = pieces(begin, end, now, SPANS[:spans])
+    assert 1 <= len(made) <= MAX_PIECES
     for piece in made:
         for border in (piece.begin, piece.end):
             assert piece.span == "row" or border is None or begin_of(border, piece.span) == border

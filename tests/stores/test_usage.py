@@ -129,6 +129,43 @@ def test_an_exchange_that_broke_before_any_text_has_no_first_token_and_an_estima
     )
 
 
+texts = st.sampled_from(["", "a", "b", *NASTY])
+counts = st.integers(0, 3) | st.sampled_from([None, -5, MAX_TOKENS, 10**30])
+
+
+@st.composite
+def moments(draw: st.DrawFn) -> dict[str, Any]:
+    """How far an exchange is: what may change of it from its begin to its end."""
+    meter = Meter(["the prompt"])
+    details = st.integers(-1, 4)
+    usage = Usage(draw(counts), draw(counts), draw(details), draw(details), draw(details))
+    meter.see(draw(texts), draw(st.none() | st.just(usage)), draw(texts))
+    provider = Provider(name=draw(texts), dialect="openai", base_url="http://localhost/v1")
+    return {
+        "target": Target(provider, draw(texts)),
+        "asked": ModelRequest(body=b"{}", fields={}, model="fast", stream=draw(st.booleans()), wants_usage=False),
+        "meter": meter,
+        "status": draw(st.sampled_from([0, 200, 502, -1, 7000])),
+        "outcome": draw(st.sampled_from(["", "interrupted", "ok"])),
+        "error_code": draw(texts),
+        "source": draw(st.sampled_from(["provider", "shared"])),
+        "first_byte": draw(st.sampled_from([0.0, 101.0])),
+        "ended": draw(st.sampled_from([103.0, 104.0])),
+    }
+
+
+@given(st.lists(moments(), min_size=2, max_size=4))
+def test_a_row_that_is_asked_for_again_is_the_one_that_would_be_made_then(course: list[dict[str, Any]]) -> None:
+    running = exchange(started=100.0)
+    for moment in course:
+        for name, value in moment.items():
+            setattr(running, name, value)
+        later = row_of(running)
+        assert later is row_of(running)
+        assert later == row_of(replace(running, row=None))
+        later.cost_micros = 7  # of what is an estimate yet; the next one may have no price
+
+
 def test_numbers_that_no_column_could_hold_are_clamped() -> None:
     meter = Meter([])
     meter.see("", Usage(10**30, -5), None)
