@@ -56,7 +56,6 @@ class Answer:
         "_held",
         "_held_size",
         "_inflater",
-        "_loop",
         "_over",
         "_paused",
         "_provider",
@@ -71,7 +70,6 @@ class Answer:
         self._provider = provider
         self._head: Head | None = None
         self._connection: Connection | None = connection  # None: it is not ours any more
-        self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None  # `head` or `read` waits for something to happen
         self._sink: Sink | None = None
         self._paused = False  # by whoever reads or follows
@@ -90,7 +88,7 @@ class Answer:
     async def head(self) -> None:
         """Wait for it. Raises Broken, and UpstreamBadBody for a coding that cannot be undone."""
         while self._head is None and self._broken is None:
-            await self._wait()
+            await self._stirred()
         if self._broken is not None:
             raise Broken(self._broken)
         coding = self._header(b"\r\ncontent-encoding:").lower()
@@ -145,30 +143,36 @@ class Answer:
 
     async def read(self) -> bytes:
         """The next bytes as they come, at once; b"" at the end. Raises UpstreamError, or what interrupted it."""
-        while True:
-            data = self._take()
-            self._read_on()
-            if data:
-                return data
-            if self._error is not None:
-                raise self._error
-            if self._whole:
-                return b""
-            await self._wait()
+        while not (data := self._next()) and not self._whole:
+            await self._stirred()
+        return data
 
     async def body(self, limit: int) -> bytes:
         """All of it. Raises as `read` does, and UpstreamBadBody when it is longer than `limit` bytes."""
         parts, size = [], 0
-        while data := await self.read():
+        while (data := self._next()) or not self._whole:
+            if not data:
+                await self._stirred()
+                continue
             size += len(data)
             if size > limit:
                 raise UpstreamBadBody(f"{self._provider} answered with more than {limit} bytes")
             parts.append(data)
         return b"".join(parts)
 
+    def _next(self) -> bytes:
+        """What there is; b"" when that is nothing. Raises what comes after it."""
+        data = self._take()
+        self._read_on()
+        if not data and self._error is not None:
+            raise self._error
+        return data
+
     def follow(self, sink: Sink) -> None:
         """From now on all goes to `sink` as it comes, beginning here and now with what has come already."""
         if not self._over:
+            if self._head is not None:
+                self._head = Head(self.status, b"")  # nobody asks it any more, and some have two kilobytes
             self._sink = sink
             self._flow()
             self._read_on()
@@ -204,7 +208,7 @@ class Answer:
         self._leave()
         if self._connection is not None:
             self._connection.resume()
-            self._drain = self._loop.call_later(DRAIN, self._connection.cut)
+            self._drain = asyncio.get_running_loop().call_later(DRAIN, self._connection.cut)
 
     def close(self) -> None:
         """Cut the connection: the provider stops generating."""
@@ -275,12 +279,10 @@ class Answer:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def _wait(self) -> None:
-        self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+    def _stirred(self) -> asyncio.Future[None]:
+        """Something has happened."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        return self._waiter
 
     def _flow(self) -> None:
         """To the sink, until it pauses or nothing is left. The sink may call anything of ours meanwhile."""
@@ -310,7 +312,7 @@ class Answer:
         """What is held, inflated up to a step; b"" when it is nothing."""
         if self._inflater is not None:
             return self._inflate(self._inflater)
-        data = self._held[0] if len(self._held) == 1 else b"".join(self._held)
+        data = b"".join(self._held)
         self._drop_held()
         return data
 

@@ -87,16 +87,14 @@ def make_app(settings: Settings, environ: Mapping[str, str], *, settle: bool = F
     """The whole application, not yet open; `settle` tunes this process's memory for it. Raises SettingsError."""
     tracing = _tracing(settings)
     outermost = [] if tracing is None else [middlewares.traced(tracing)]
-    app = web.Application(middlewares=[*outermost, middlewares.errors])
+    app = web.Application(middlewares=[*outermost, middlewares.errors, *middlewares.V1])
     app[keys.TRACING] = tracing
     app[keys.SETTINGS] = settings
     app.on_response_prepare.append(middlewares.on_prepare)
     app[keys.ENVIRON] = environ
     config = load_config(settings, environ)
 
-    v1 = web.Application(middlewares=middlewares.V1)
-    v1.add_routes([*chat.routes(), *models.routes(), *streams.routes(), *passthrough.routes()])
-    app.add_subapp("/v1", v1)
+    app.add_routes([*chat.routes(), *models.routes(), *streams.routes(), *passthrough.routes()])
     app.add_routes([*health.routes(), *accounts.routes(), *sessions.routes(), *stats.routes(), *dashboard.routes()])
     app.add_routes([*live.routes(), *cache.routes()])
 
@@ -154,7 +152,7 @@ def _stores(settings: Settings, config: Config) -> Context:
             app[keys.KEEPER] = _keeper(settings, pool, metrics)
             app[keys.BELONGINGS] = Belongings(pool)
             app[keys.KEYS] = await _key_store(settings, pool, redis, for_keys, metrics)
-            with suppress(Unavailable):  # a connection's first look-up takes twenty times as long as the next
+            with suppress(Unavailable):  # a connection's first look-up takes five times as long as the next
                 await read_proofs(pool, [])
             app[keys.SCRIPT] = RedisScript(
                 redis, on_error=lambda kind: metrics.dependency_errors.labels("redis", kind).inc()
@@ -341,6 +339,7 @@ async def _tasks(app: web.Application) -> AsyncIterator[None]:
     )
     pulse = app[keys.PULSE] = Pulse(settings, connections, metrics)
     pressure = app[keys.PRESSURE] = Pressure(pulse, connections, metrics)
+    app[keys.PARTS] = keys.Parts(app)
     app[SHARING] = Sharing()
     keeper = app[keys.KEEPER]
     shipper, script, copy = app[keys.SHIPPER], app[keys.SCRIPT], app[keys.COPY]

@@ -8,12 +8,12 @@ Rule 4: what no budget pays for is not sent on: a stream ends in the middle as o
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from gateway.appkeys import METRICS, RECORDER, SETTINGS, SPAN, TRACING, UPSTREAM, root
+from gateway.appkeys import APP, SPAN
 from gateway.balancer import Turn
 from gateway.client import Client
 from gateway.deadline import Deadline
@@ -77,6 +77,7 @@ class Attempt:
         "_turn",
         "_upstream",
         "asked_for",
+        "to_send",
         "translator",
     )
 
@@ -84,7 +85,7 @@ class Attempt:
         self, request: web.Request, exchange: Exchange, client: Client, turn: Turn, call: Call, meter: Meter
     ) -> None:
         assert exchange.principal is not None and exchange.asked is not None
-        app = root(request)
+        app = request[APP]
         self._request = request
         self._exchange = exchange
         self._client = client
@@ -96,12 +97,13 @@ class Attempt:
         self._drain_seconds = exchange.principal.drain_seconds
         self._dialect = DIALECTS[call.target.provider.dialect]
         self.translator = self._dialect.translator(call)
+        self.to_send: UpstreamRequest | None = None  # relay; None again once it is sent: it is as large as a prompt
         self._meter = meter
-        self._upstream = app[UPSTREAM]
-        self._recorder = app[RECORDER]
-        self._settings = app[SETTINGS]
-        self._metrics = app[METRICS]
-        self._traced = (tracing := app[TRACING]) is not None
+        self._upstream = app.upstream
+        self._recorder = app.recorder
+        self._settings = app.settings
+        self._metrics = app.metrics
+        self._traced = (tracing := app.tracing) is not None
         live = self._metrics.tokens_live(exchange.model, call.target.provider.name)
         self._tally = (Tally if tracing is None else tracing.tally)(exchange, self._meter, live)
         self._span: ClientSpan | None = None  # `_trace`: where there are traces
@@ -109,9 +111,16 @@ class Attempt:
         self._status = 0  # of a refusal of the provider's
         self.asked_for: float | None = None  # seconds that it wants to be left alone
 
-    def run(self, to_send: UpstreamRequest) -> Coroutine[None, None, web.StreamResponse]:
-        """Raises GatewayError only while no byte was sent."""
-        answering = self._trace(self._answer(to_send)) if self._traced else self._answer(to_send)
+    def run(self) -> Coroutine[None, None, web.StreamResponse]:
+        """Send `to_send`. Raises GatewayError only while no byte was sent."""
+        if not self._stream:
+            answering = self._answer_whole()
+        elif self._gathered is None:
+            answering = self._answer_stream()
+        else:
+            answering = self._answer_gathered(self._gathered)
+        if self._traced:
+            answering = self._trace(answering)
         return self._outlive(answering) if self._drain_seconds else answering
 
     async def _trace(self, answering: Coroutine[None, None, web.StreamResponse]) -> web.StreamResponse:
@@ -124,13 +133,6 @@ class Attempt:
             raise
         finally:
             span.end(self._status, self._tally)
-
-    def _answer(self, to_send: UpstreamRequest) -> Coroutine[None, None, web.StreamResponse]:
-        if not self._stream:
-            return self._answer_whole(to_send)
-        if self._gathered is None:
-            return self._answer_stream(to_send)
-        return self._answer_gathered(to_send, self._gathered)
 
     async def _outlive(self, answering: Coroutine[None, None, web.StreamResponse]) -> web.StreamResponse:
         """The client may leave: the provider is read on for a while, so that its own figures come."""
@@ -158,32 +160,28 @@ class Attempt:
 
     # --- a stream
 
-    async def _answer_stream(self, to_send: UpstreamRequest) -> web.StreamResponse:
+    async def _answer_stream(self) -> web.StreamResponse:
         self._metrics.streams_open.inc()
         try:
-            await self._send_stream(to_send)
+            try:
+                last = await self._pump(await self._open())
+                await self._recorder.settle(self._exchange)
+                if last:
+                    self._client.write(last)
+            except GatewayError as error:
+                if not self._client.prepared:
+                    raise
+                await self._break(error)
+            except Exception as error:
+                # A bug of ours must not leave the client with half an answer that looks whole.
+                if isinstance(error, ConnectionError) or not self._client.prepared:
+                    raise
+                self._metrics.internal_errors.labels("stream").inc()
+                log.exception("stream failed", extra={"fields": {"request_id": self._exchange.id}})
+                await self._break(InternalError("the gateway failed in the middle of the answer"))
             return await self._client.end()
         finally:
             self._metrics.streams_open.dec()
-
-    async def _send_stream(self, to_send: UpstreamRequest) -> None:
-        """All of the stream but its end. Raises GatewayError only while no byte was sent."""
-        try:
-            last = await self._pump(await self._open(to_send))
-            await self._recorder.settle(self._exchange)
-            if last:
-                self._client.write(last)
-        except GatewayError as error:
-            if not self._client.prepared:
-                raise
-            await self._break(error)
-        except Exception as error:
-            # A bug of ours must not leave the client with half an answer that looks whole.
-            if isinstance(error, ConnectionError) or not self._client.prepared:
-                raise
-            self._metrics.internal_errors.labels("stream").inc()
-            log.exception("stream failed", extra={"fields": {"request_id": self._exchange.id}})
-            await self._break(InternalError("the gateway failed in the middle of the answer"))
 
     async def _break(self, error: GatewayError) -> None:
         self.note(error)
@@ -191,12 +189,12 @@ class Attempt:
         await self._recorder.settle(self._exchange)
         self._client.write(error.event())
 
-    async def _open(self, to_send: UpstreamRequest) -> Answer:
+    async def _open(self) -> Answer:
         """The provider's answer, once it is one that streams. Raises UpstreamError."""
         limit = self._settings.gateway_first_byte_timeout
         try:
             with Deadline(limit) as self._client.deadline:
-                answer = await self._post(to_send)
+                answer = await self._post()
                 if answer.status != 200:
                     raise await self._refusal(answer)
         except TimeoutError:
@@ -247,11 +245,11 @@ class Attempt:
 
     # --- a whole answer
 
-    async def _answer_whole(self, to_send: UpstreamRequest) -> web.StreamResponse:
+    async def _answer_whole(self) -> web.StreamResponse:
         limit = self._settings.gateway_total_timeout
         try:
             with Deadline(limit) as self._client.deadline:
-                answer = await self._post(to_send)
+                answer = await self._post()
                 if answer.status != 200:
                     raise await self._refusal(answer)
                 body = await self._whole(answer, self._settings.gateway_max_reply)
@@ -267,24 +265,24 @@ class Attempt:
         self._tally.count(reply.text, reply.usage, reply.finish_reason)
         return await self._client.send_whole(reply.body, self._before_last)
 
-    async def _before_last(self) -> None:
+    def _before_last(self) -> Awaitable[None]:
         """The last byte of a whole answer."""
         self._done("ok")
-        await self._settle()
+        return self._recorder.settle(self._exchange)
 
-    async def _answer_gathered(self, to_send: UpstreamRequest, whole: Whole) -> web.StreamResponse:
+    async def _answer_gathered(self, whole: Whole) -> web.StreamResponse:
         """Made of a stream, which a budget may have ended in the middle."""
         limit = self._settings.gateway_total_timeout
         try:
             async with asyncio.timeout(limit):
-                last = await self._pump(await self._open(to_send))
+                last = await self._pump(await self._open())
         except TimeoutError:
             raise self._late(limit, f"did not finish its answer within {limit:g} s", "timeout_total") from None
         whole.add(last)
         return await self._client.send_whole(whole.body(), self._settle)
 
-    async def _settle(self) -> None:
-        await self._recorder.settle(self._exchange)
+    def _settle(self) -> Awaitable[None]:
+        return self._recorder.settle(self._exchange)
 
     # --- both
 
@@ -302,12 +300,14 @@ class Attempt:
             words, kind = f"could not be connected to within {limit:g} s", "timeout_connect"
         return UpstreamTimeout(f"{self._target.provider.name} {words}", kind=kind)
 
-    async def _post(self, to_send: UpstreamRequest) -> Answer:
-        named = to_send._replace(headers={**to_send.headers, "X-Request-Id": self._exchange.id})
+    async def _post(self) -> Answer:
+        to_send, self.to_send = self.to_send, None
+        assert to_send is not None
+        named = UpstreamRequest(to_send.path, to_send.body, {**to_send.headers, "X-Request-Id": self._exchange.id})
         headers = self._request.headers if self._span is None else self._span.headers
         answer = await self._upstream.post(self._target, named, headers, self._connected)
-        if answer.request_id:
-            self._exchange.headers["X-Upstream-Request-Id"] = answer.request_id
+        if request_id := answer.request_id:
+            self._exchange.headers["X-Upstream-Request-Id"] = request_id
         return answer
 
     def _connected(self) -> None:

@@ -82,7 +82,8 @@ class Turn:
         """It ended well. `first_text` is when that came in a stream, seconds, monotonic; 0: it did not."""
         if self._over:
             return
-        self.answered()
+        if self._probes:
+            self.answered()
         self._health.breaker.successes += 1
         if first_text:
             self._health.note_first_text(first_text - self.started)

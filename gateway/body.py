@@ -4,7 +4,7 @@ import asyncio
 
 from aiohttp import HttpVersion11, hdrs, web
 
-from gateway.appkeys import METRICS, SETTINGS, root
+from gateway.appkeys import METRICS, SETTINGS
 from gateway.protocol.errors import (
     ExpectationFailed,
     InvalidRequest,
@@ -17,15 +17,13 @@ from gateway.protocol.errors import (
 async def read_body(request: web.Request, limit: int) -> bytes:
     """Its bytes, not yet parsed. Raises GatewayError: 415; 413, from the declared length if there is one; 408; 400."""
     _check_form(request)
-    if (request.content_length or 0) > limit:
-        raise _too_large(limit)
-    await meet_expectation(request)
+    content = request.content
     try:
-        if request.content.is_eof():  # it came with the head, as most do
-            body = request.content.read_nowait()
-            if len(body) > limit:
-                raise _too_large(limit)
-            return body
+        if content.is_eof() and content.total_bytes <= limit and hdrs.EXPECT not in request.headers:
+            return content.read_nowait()  # it came with the head, as most do
+        if (request.content_length or 0) > limit:
+            raise _too_large(limit)
+        await meet_expectation(request)
         return await _read_in_time(request, limit)
     except web.RequestPayloadError:
         raise InvalidRequest("the request body is not framed as HTTP demands") from None
@@ -61,16 +59,16 @@ def _check_form(request: web.Request) -> None:
 
 
 async def _read_in_time(request: web.Request, limit: int) -> bytes:
-    seconds = root(request)[SETTINGS].gateway_body_timeout
+    seconds = request.app[SETTINGS].gateway_body_timeout
     try:
         async with asyncio.timeout(seconds):
             return await _read(request, limit)
     except asyncio.CancelledError:
         if request.transport is None:  # it left; else it is we that end
-            root(request)[METRICS].client_aborts.labels("body").inc()
+            request.app[METRICS].client_aborts.labels("body").inc()
         raise
     except TimeoutError:
-        root(request)[METRICS].slow_clients.labels("body").inc()
+        request.app[METRICS].slow_clients.labels("body").inc()
         raise RequestTimeout(f"the request body did not arrive within {seconds:g} s") from None
 
 

@@ -11,7 +11,7 @@ from typing import cast
 
 from aiohttp import HttpVersion11, hdrs, web
 
-from gateway.connection import Connection, Written, head
+from gateway.connection import ENDS, STAYS, Connection, head
 from gateway.deadline import Deadline
 from gateway.exchange import Exchange
 from gateway.protocol.errors import GatewayError, UpstreamTimeout, UpstreamTooLong
@@ -30,6 +30,9 @@ _STREAM = {
     "Cache-Control": "no-cache, no-transform",
     "X-Accel-Buffering": "no",  # nginx would hold the stream back
 }
+_CHUNKED_STREAM = {**_STREAM, "Transfer-Encoding": "chunked"}
+_JSON = {"Content-Type": "application/json; charset=utf-8", "Vary": "Accept-Encoding"}
+_PACKED_JSON = {**_JSON, "Content-Encoding": "gzip"}
 
 
 class Client:
@@ -103,7 +106,7 @@ class Client:
         framed = b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
         transport = self._connection.transport
         if not self.prepared:
-            framed = b"" if self.left else self._head(_STREAM) + framed
+            framed = b"" if self.left else self._stream_head() + framed
         if transport is not None and not self.left and not transport.is_closing():
             transport.write(framed)
 
@@ -111,7 +114,7 @@ class Client:
         """As `write` of each, in one."""
         framed = b"".join([b"%x\r\n%b\r\n" % (len(data), data) for data in pieces] if self._chunked else pieces)
         if not self.prepared:
-            framed = self._head(_STREAM) + framed
+            framed = self._stream_head() + framed
         self._write(framed)
 
     def _write(self, data: bytes | memoryview) -> None:
@@ -120,11 +123,13 @@ class Client:
         if transport is not None and not self.left and not transport.is_closing():
             transport.write(data)
 
+    def _stream_head(self) -> bytes:
+        return self._head(_CHUNKED_STREAM if self._chunked else _STREAM)
+
     def _head(self, headers: Mapping[str, str]) -> bytes:
-        framing = {"Transfer-Encoding": "chunked"} if self._chunked else {}
         known_length = self._chunked or not self._stream
         self._keep_alive = self._request.keep_alive and known_length and not self._draining()
-        headers = {**headers, **framing, **self._exchange.response_headers()}
+        headers = {**headers, **self._exchange.response_headers()}
         made = head(self._request, headers, keep_alive=self._keep_alive)
         self.prepared = self._exchange.prepared = True
         self._request.writer.output_size = len(made)  # an answer has begun: `Connection.handle_error` asks for it
@@ -208,7 +213,7 @@ class Client:
             self._write(b"0\r\n\r\n")
         self.closed = True
         await self.drain()
-        return Written(keep_alive=self._keep_alive)
+        return STAYS if self._keep_alive else ENDS
 
     def check(self, now: float, settings: Settings) -> None:
         """Enforces the limits, and sends a heartbeat when it is due."""
@@ -268,11 +273,10 @@ _NOTHING = ("q=0", "q=0.", "q=0.0", "q=0.00", "q=0.000")  # all that RFC 9110 12
 
 async def encode_json(request: web.BaseRequest, body: bytes) -> tuple[bytes, Mapping[str, str]]:
     """A JSON answer's bytes and headers: compressed when it is worth it and the client takes it."""
-    headers = {"Content-Type": "application/json; charset=utf-8", "Vary": "Accept-Encoding"}
     if len(body) < COMPRESS_FROM or not _takes_gzip(request.headers.getall(hdrs.ACCEPT_ENCODING, ())):
-        return body, headers
+        return body, _JSON
     packed = _gzip(body) if len(body) <= COMPRESS_HERE else await asyncio.to_thread(_gzip, body)
-    return packed, {**headers, "Content-Encoding": "gzip"}
+    return packed, _PACKED_JSON
 
 
 def _gzip(body: bytes) -> bytes:

@@ -237,6 +237,10 @@ class Written(web.StreamResponse):
         """Nothing is left to be written."""
 
 
+# One of each is enough: they hold nothing of any answer.
+STAYS, ENDS = Written(keep_alive=True), Written(keep_alive=False)
+
+
 def head(request: web.BaseRequest, headers: Mapping[str, str], *, keep_alive: bool) -> bytes:
     """Status line and headers of a 200, RFC 9112 4 and 5. Raises ValueError for what would be two lines."""
     lines = [f"{name}: {value}\r\n" for name, value in headers.items()]

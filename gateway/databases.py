@@ -92,3 +92,8 @@ def open_redis(url: str) -> Redis:
     except (TypeError, ValueError):
         raise SettingsError("REDIS_URL: what follows the `?` is no option of Redis, or has a wrong value") from None
     return redis
+
+
+def reason(error: BaseException) -> str:
+    """What an error says; its class's name if it says nothing, as a time-out does."""
+    return str(error) or type(error).__name__

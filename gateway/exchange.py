@@ -101,8 +101,8 @@ class Exchange:
     app_id: str = ""  # middlewares.authenticate: X-App-Id
     own_credential: str | None = field(default=None, repr=False)  # middlewares.authenticate
 
-    asked: ModelRequest | None = None  # middlewares.read_call, or handlers.passthrough
-    upload_ms: float = 0.0  # middlewares.read_call: until the client had sent its body
+    asked: ModelRequest | None = None  # handlers.chat, or handlers.passthrough
+    upload_ms: float = 0.0  # handlers.chat: until the client had sent its body
 
     route: Route = ()  # handlers: who may answer
     target: Target | None = None  # relay: who is asked, or answered; replay: who once answered
@@ -111,6 +111,7 @@ class Exchange:
     reservation: Reservation | None = None  # relay: when a budget covers the exchange; settled by stores.recorder
     meter: Meter | None = None  # relay, just before the provider is called
     connected: bool = False  # relay: there is a connection to the provider, so a usage row is due
+    row: object = None  # stores.usage: its row, as far as it is known; None: nobody has asked for it
     ticked: float = 0.0  # stores.recorder: when its last tick was written, seconds, monotonic
     held: bool = False  # attempt: its row is to wait for its client; sharing: not any more
     recorded: bool = False  # stores.recorder: its end is in the journal

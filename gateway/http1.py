@@ -85,11 +85,17 @@ class _Refused(Exception):
 class Connection(asyncio.Protocol):
     """Made by the pool. `free` is called whenever it can be used again, `lost` once, when it is closed."""
 
+    __slots__ = (
+        "_beside", "_blocked", "_descriptor", "_free", "_heads", "_interim", "_is_1_1", "_keep_alive", "_lost",
+        "_parser", "_parts", "_paused", "_receiver", "_sending", "_status", "_transport", "_until_close", "_waiter",
+        "_whole", "on_body",
+    )  # fmt: skip
+
     def __init__(self, free: Callable[["Connection"], None], lost: Callable[["Connection"], None]) -> None:
         self._free = free
         self._lost = lost
         self._transport: asyncio.Transport
-        self._poll = select.poll()
+        self._descriptor = -1
         self._receiver: Receiver | None = None
         self._paused = False
         self._blocked = False  # the kernel takes no more for now
@@ -177,13 +183,17 @@ class Connection(asyncio.Protocol):
     @property
     def is_silent(self) -> bool:
         """Open, with nothing to read: what came unasked, or a goodbye, may still be with the kernel."""
-        return self.is_open and not self._poll.poll(0)
+        if not self.is_open:
+            return False
+        poll = select.poll()  # one that is kept is another third of a kilobyte of each connection
+        poll.register(self._descriptor, select.POLLIN)
+        return not poll.poll(0)
 
     # --- the event loop
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+        self._descriptor = transport.get_extra_info("socket").fileno()
 
     def pause_writing(self) -> None:
         self._blocked = True

@@ -21,7 +21,7 @@ from typing import Self
 from aiohttp import web
 from multidict import istr
 
-from gateway.appkeys import KEEPER, PULSE, SETTINGS, root
+from gateway.appkeys import KEEPER, PULSE, SETTINGS
 from gateway.exchange import Exchange
 from gateway.protocol.errors import (
     GatewayError,
@@ -51,7 +51,7 @@ async def idempotent(request: web.Request, exchange: Exchange) -> web.StreamResp
     """Answer it, for the first time or again. Raises GatewayError only while no byte was sent."""
     digest = _digest(request, exchange)
     asked = await _fingerprint(exchange)
-    sharing, waiting = root(request)[SHARING], _Waiting(request)
+    sharing, waiting = request.app[SHARING], _Waiting(request)
     while True:
         generation = sharing.find(digest)
         if generation is not None:
@@ -70,7 +70,7 @@ async def idempotent(request: web.Request, exchange: Exchange) -> web.StreamResp
         digest,
         request,
         exchange,
-        linger=root(request)[SETTINGS].gateway_total_timeout,
+        linger=request.app[SETTINGS].gateway_total_timeout,
         done=partial(_done, request, digest, asked),
     )
     return await generation.listen(request, exchange, "provider")
@@ -112,7 +112,7 @@ class _Waiting:
     """For an answer that is being made elsewhere."""
 
     def __init__(self, request: web.Request) -> None:
-        self._pulse = root(request)[PULSE]
+        self._pulse = request.app[PULSE]
         self._until = monotonic() + WAIT
         self._pause = POLL[0]
 
@@ -127,7 +127,7 @@ class _Waiting:
 async def _claim(request: web.Request, exchange: Exchange, digest: bytes, asked: bytes) -> Claimed | None:
     """None: it is ours, and is renewed from now on."""
     assert exchange.principal is not None
-    keeper = root(request)[KEEPER]
+    keeper = request.app[KEEPER]
     try:
         claimed = await keeper.answers.claim(digest, exchange.principal.account_id, asked, exchange.id)
     except asyncio.CancelledError:
@@ -150,13 +150,13 @@ def _keep(request: web.Request, exchange: Exchange, digest: bytes, asked: bytes,
     assert exchange.asked is not None and exchange.principal is not None
     account_id, now = exchange.principal.account_id, monotonic()
     ended = Ended("idempotency", digest, account_id, kept, TTL, exchange.started, now, asked)
-    return root(request)[KEEPER].keep(ended, exchange.asked.kind)
+    return request.app[KEEPER].keep(ended, exchange.asked.kind)
 
 
 def _done(request: web.Request, digest: bytes, asked: bytes, generation: Generation) -> None:
     exchange, kept = generation.exchange, _kept(generation)
     if kept is None or not _keep(request, exchange, digest, asked, kept):
-        root(request)[KEEPER].free(digest, exchange.id)
+        request.app[KEEPER].free(digest, exchange.id)
 
 
 def _kept(generation: Generation) -> Kept | None:
@@ -240,4 +240,4 @@ class Promise:
         if isinstance(error, UpstreamRejected) and _final(self._exchange, error):
             self.keep(error.body(), error.http_status)
         if not self._kept:
-            root(self._request)[KEEPER].free(self._digest, self._exchange.id)
+            self._request.app[KEEPER].free(self._digest, self._exchange.id)

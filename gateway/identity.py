@@ -8,7 +8,7 @@ from typing import NoReturn
 from aiohttp import hdrs, web
 from multidict import CIMultiDictProxy, istr
 
-from gateway.appkeys import KEYS, SESSIONS, SETTINGS, root
+from gateway.appkeys import KEYS, SESSIONS, SETTINGS
 from gateway.exchange import Principal
 from gateway.protocol.errors import InvalidRequest, PermissionDenied, RateLimited, Unauthenticated
 from gateway.stores.tokens import PREFIX
@@ -36,7 +36,7 @@ async def identify(request: web.Request) -> tuple[Principal, str | None]:
     token, own_credential = find_key(request.headers)
     if token is None:
         return await _signed_in(request), None
-    keys = root(request)[KEYS]
+    keys = request.app[KEYS]
     try:
         return await keys.verify(token), own_credential
     except Unauthenticated:
@@ -55,7 +55,7 @@ async def _signed_in(request: web.Request) -> Principal:
     if not token:
         raise Unauthenticated(f"no API key provided: send 'Authorization: Bearer {PREFIX}…' or '{API_KEY}: {PREFIX}…'")
     refuse_cross_site(request)
-    session = await root(request)[SESSIONS].find(token)
+    session = await request.app[SESSIONS].find(token)
     return Principal("", "", "", session.account_id, session.role)
 
 
@@ -71,7 +71,7 @@ async def lent_key(request: web.Request, signed_in: Principal) -> Principal:
     if not key_id.isascii() or not key_id.isalnum() or len(key_id) > MAX_KEY_ID:
         words = f"invalid {LENT_KEY}: the id of a key or its prefix {PREFIX}… is required, never the key itself"
         raise InvalidRequest(words, param=LENT_KEY)
-    return await root(request)[KEYS].lend(key_id, signed_in.account_id)
+    return await request.app[KEYS].lend(key_id, signed_in.account_id)
 
 
 def session_token(request: web.Request) -> str:
@@ -118,7 +118,7 @@ def _own_origins(request: web.Request) -> Sequence[str]:
 
 def by_https(request: web.Request) -> bool:
     """Whether the client speaks TLS, to us or to the outermost proxy of the operator's that says so."""
-    proxies = root(request)[SETTINGS].gateway_trusted_proxies
+    proxies = request.app[SETTINGS].gateway_trusted_proxies
     if proxies and (lines := request.headers.getall(_FORWARDED_PROTO, ())):
         told = ",".join(lines).split(",")
         return told[-min(proxies, len(told))].strip().lower() == "https"  # most proxies replace it, some add to it
@@ -131,7 +131,7 @@ def client_address(request: web.Request) -> str:
     Each proxy of the operator's adds the address that it saw at the right end of X-Forwarded-For, so the client's is as
     many from there as there are proxies; what stands before it is the client's own word. Without that, the peer's.
     """
-    proxies = root(request)[SETTINGS].gateway_trusted_proxies
+    proxies = request.app[SETTINGS].gateway_trusted_proxies
     if proxies:
         told = ",".join(request.headers.getall(_FORWARDED_FOR, ())).split(",")
         if len(told) >= proxies and (address := _address(told[-proxies].strip())):

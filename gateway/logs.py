@@ -70,22 +70,17 @@ class LineHandler(logging.Handler):
     def __init__(self, stream: TextIO, render: Render) -> None:
         super().__init__()
         self._render = render
+        self.writes_json = render is json_line
         self._writer = LineWriter(stream, self._dropped)
-
-    @property
-    def writes_json(self) -> bool:
-        return self._render is json_line
 
     def emit(self, record: logging.LogRecord) -> None:
         self._writer.add(self._line(record), hurry=record.levelno >= logging.WARNING)
 
     def write(self, line: str) -> None:
         """One that is rendered already, and no warning."""
-        self.acquire()
-        try:
+        assert self.lock is not None  # `Handler` made it
+        with self.lock:
             self._writer.add(line)
-        finally:
-            self.release()
 
     def _line(self, record: logging.LogRecord) -> str:
         try:
@@ -122,7 +117,7 @@ def log_exchange(method: str, path: str, exchange: Exchange, usage: Usage | None
     It is the line that `logging` would write of these fields, without a record that nobody else looks at: every
     request pays for it.
     """
-    handlers = logging.getLogger().handlers
+    handlers = logging.root.handlers
     handler = handlers[0] if len(handlers) == 1 else None
     if isinstance(handler, LineHandler) and handler.writes_json and _access.isEnabledFor(logging.INFO):
         handler.write(_exchange_line(method, path, exchange, usage, source))
@@ -133,8 +128,13 @@ def log_exchange(method: str, path: str, exchange: Exchange, usage: Usage | None
 
 def _exchange_line(method: str, path: str, exchange: Exchange, usage: Usage | None, source: str) -> str:
     message = f"{method} {path} {exchange.status or '-'}"
-    fields: dict[str, Any] = {"timestamp": _timestamp(time()), "level": "info", "message": message}
-    fields["method"], fields["path"] = method, path
+    fields: dict[str, Any] = {
+        "timestamp": _timestamp(time()),
+        "level": "info",
+        "message": message,
+        "method": method,
+        "path": path,
+    }
     _add_fields(fields, exchange, usage, source)
     line = _json(fields)
     # All in it that is not ours to choose.

@@ -254,7 +254,7 @@ class Metrics(Savings, Vitals):
 
     def tokens_live(self, model: str, provider: str) -> Live:
         """Where a stream is counted while it runs; tell `exchange_ended` how many tokens were."""
-        return self._series_of(self.model_label(model), provider).live
+        return self._series_of(model, provider).live
 
     def exchange_ended(
         self, exchange: Exchange, usage: Usage | None = None, source: str = "", *, counted_live: int = 0
@@ -271,7 +271,7 @@ class Metrics(Savings, Vitals):
         if cached in ("miss", "bypass"):
             self.cache_requests.labels(cached).inc()
         provider = exchange.target.provider.name if exchange.target is not None else labels.NONE
-        series = self._series_of(self.model_label(exchange.model), provider)
+        series = self._series_of(exchange.model, provider)
         series.request(exchange.status).inc()
         seconds = (exchange.ended or time.monotonic()) - exchange.started
         series.duration_ms.observe(seconds * 1000)
@@ -290,13 +290,12 @@ class Metrics(Savings, Vitals):
     def _count_remembered(self, exchange: Exchange) -> None:
         """No provider was asked: it is in none's figures, so that many good ones do not hide what fails, nor how
         long it takes."""
-        model = self.model_label(exchange.model)
-        self._series_of(model, labels.NONE).request(exchange.status).inc()
+        self._series_of(exchange.model, labels.NONE).request(exchange.status).inc()
         self.cache_requests.labels(labels.CACHE_HITS[exchange.source]).inc()
         if exchange.outcome == "client_abort":
             self.client_aborts.labels("stream" if exchange.first_byte else "ttft").inc()
         if exchange.saved is not None and exchange.target is not None:
-            provider = exchange.target.provider.name
+            model, provider = self.model_label(exchange.model), exchange.target.provider.name
             self.saved_tokens.labels(model, provider).inc(exchange.saved.total_tokens)
             self.saved_cost_micros.labels(model, provider).inc(exchange.saved_micros or 0)
 
@@ -310,11 +309,14 @@ class Metrics(Savings, Vitals):
         prompt.inc(usage.prompt_tokens or 0)
         # A live count above the provider's stays: a counter never goes down.
         completion.inc((usage.completion_tokens or 0) - counted_live)
-        cached.inc(usage.cached_tokens)
-        cache_write.inc(usage.cache_write_tokens)
-        reasoning.inc(usage.reasoning_tokens)
+        if usage.cached_tokens or usage.cache_write_tokens or usage.reasoning_tokens:
+            cached.inc(usage.cached_tokens)
+            cache_write.inc(usage.cache_write_tokens)
+            reasoning.inc(usage.reasoning_tokens)
 
     def _series_of(self, model: str, provider: str) -> "_Bound":
+        if model not in self.known_models:
+            model = OTHER
         series = self._bound.get((model, provider))
         if series is None:
             series = self._bound[model, provider] = _Bound(self, model, provider)

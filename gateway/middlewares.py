@@ -1,7 +1,8 @@
-"""The onion around every request, outermost first: errors, authenticate, limit, read_call, record_usage.
+"""The onion around every request, outermost first: errors, authenticate, limit, record_usage.
 
-`errors` is around the whole application, the others around /v1. A middleware regains control when the handler returns,
-which for a stream is its end. An exit never awaits: it may be running because the request was cancelled.
+`errors` is for all requests, the others are for those to /v1: `authenticate` looks, and its principal tells the next. A
+middleware regains control when the handler returns, which for a stream is its end. An exit never awaits: it may be
+running because the request was cancelled.
 """
 
 import asyncio
@@ -9,15 +10,14 @@ import logging
 import math
 import socket
 import struct
-from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from aiohttp import HttpVersion10, HttpVersion11, hdrs, web
 from aiohttp.typedefs import Handler, Middleware
+from multidict import istr
 
-from gateway.appkeys import EXCHANGE, LIMITER, METRICS, PULSE, RECORDER, SETTINGS, SPAN, root
-from gateway.body import read_body
+from gateway.appkeys import APP, EXCHANGE, PARTS, SPAN, Parts
 from gateway.exchange import Exchange
 from gateway.identity import API_KEY, MAX_LABEL, identify, lent_key, session_token
 from gateway.protocol.errors import (
@@ -32,7 +32,6 @@ from gateway.protocol.errors import (
     Unauthenticated,
     Unavailable,
 )
-from gateway.protocol.request import PARSE_HERE, ModelRequest, parse_chat, parse_completion, parse_embedding
 from gateway.report import report
 from gateway.stores.grants import Admission
 from gateway.stores.tokens import PREFIX
@@ -43,12 +42,12 @@ if TYPE_CHECKING:  # it imports OpenTelemetry
 log = logging.getLogger("gateway.access")
 
 _QUIET = ("/health", "/metrics")  # asked every few seconds by machines
-_PARSERS: Mapping[str, Callable[[bytes], ModelRequest]] = {
-    "/v1/chat/completions": parse_chat,
-    "/v1/completions": parse_completion,
-    "/v1/embeddings": parse_embedding,
-}
-_PASSED_ON = ("/v1/images/", "/v1/audio/", "/v1/moderations", "/v1/files", "/v1/batches")  # handlers.passthrough
+# What goes on to a provider: handlers.chat, handlers.passthrough.
+_TO_PROVIDERS = (
+    "/v1/chat/completions", "/v1/completions", "/v1/embeddings",
+    "/v1/images/", "/v1/audio/", "/v1/moderations", "/v1/files", "/v1/batches",
+)  # fmt: skip
+_REQUEST_ID, _USER_ID, _APP_ID = istr("X-Request-Id"), istr("X-User-Id"), istr("X-App-Id")
 
 
 async def on_prepare(request: web.Request, response: web.StreamResponse) -> None:
@@ -58,7 +57,7 @@ async def on_prepare(request: web.Request, response: web.StreamResponse) -> None
         return
     exchange.prepared = True
     response.headers.update(exchange.response_headers())
-    if root(request)[PULSE].closing:
+    if request[APP].pulse.closing:
         response.force_close()
         response.headers[hdrs.CONNECTION] = "close"  # aiohttp has made its headers already
 
@@ -83,38 +82,40 @@ def traced(tracing: "Tracing") -> Middleware:
 async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turns what was raised into an OpenAI error object, and writes the log line of every request."""
     exchange = request[EXCHANGE] = Exchange()
-    pulse = root(request)[PULSE]
-    pulse.enter()
+    app = request[APP] = request.app[PARTS]
+    app.pulse.enter()
     try:
-        exchange.client_request_id = _label(request, "X-Request-Id", strict=False)
-        response = await _answer(request, handler)
+        if _REQUEST_ID in request.headers:
+            exchange.client_request_id = _label(request, _REQUEST_ID, strict=False)
+        try:
+            _check_request(request, app)
+            response = await handler(request)
+        except ConnectionError:
+            raise  # the client is gone: nobody is left to answer
+        except Exception as error:
+            response = _error_response(request, _told(request, error))
         exchange.status = exchange.status or response.status
         return response
     finally:
-        pulse.leave()
+        app.pulse.leave()
         exchange.ended = exchange.ended or monotonic()
         if not request.path.startswith(_QUIET) and not exchange.delegated:
             report(request, exchange)
 
 
-async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
-    try:
-        _check_request(request)
-        return await handler(request)
-    except GatewayError as error:
-        return _error_response(request, error)
-    except web.HTTPException as error:
-        return _error_response(request, _from_http(request, error))
-    except ConnectionError:
-        raise  # the client is gone: nobody is left to answer
-    except Exception:
-        # A bug. Counted and logged with its id; the client learns the id and nothing else.
-        root(request)[METRICS].internal_errors.labels("request").inc()
-        log.exception("unhandled", extra={"fields": {"request_id": request[EXCHANGE].id}})
-        return _error_response(request, InternalError("the gateway failed; quote the request id to its operator"))
+def _told(request: web.Request, error: Exception) -> GatewayError:
+    """What the client is told of it."""
+    if isinstance(error, GatewayError):
+        return error
+    if isinstance(error, web.HTTPException):
+        return _from_http(request, error)
+    # A bug. Counted and logged with its id; the client learns the id and nothing else.
+    request[APP].metrics.internal_errors.labels("request").inc()
+    log.error("unhandled", exc_info=error, extra={"fields": {"request_id": request[EXCHANGE].id}})
+    return InternalError("the gateway failed; quote the request id to its operator")
 
 
-def _check_request(request: web.Request) -> None:
+def _check_request(request: web.Request, app: Parts) -> None:
     """Whether it is for us, in our language, and at a time when there is memory for it."""
     if request._version not in ((1, 0), (1, 1)):
         # aiohttp would answer in the client's own: we send none that we do not speak (RFC 9110 2.5).
@@ -123,9 +124,8 @@ def _check_request(request: web.Request) -> None:
     if not request.raw_path.startswith("/"):
         # The absolute form is for proxies (RFC 9112 3.2.2): what is asked for is on another host than this one.
         raise InvalidRequest("the request target must be a path: this is no proxy", code="not_a_proxy")
-    app = root(request)
-    if app[PULSE].overloaded and not request.path.startswith(_QUIET):
-        app[METRICS].shed.labels("memory").inc()
+    if app.pulse.overloaded and not request.path.startswith(_QUIET):
+        app.metrics.shed.labels("memory").inc()
         raise Overloaded("memory is short; please try again", retry_after=1)
 
 
@@ -173,7 +173,7 @@ def _from_http(request: web.Request, error: web.HTTPException) -> GatewayError:
 
 def _label(request: web.Request, name: str, *, strict: bool = True) -> str:
     """A header that names who asked: at most 128 printable characters; refused, or ignored, when it is more."""
-    value = request.headers.get(name, "")
+    value = request.headers[name]
     if len(value) <= MAX_LABEL and value.isprintable() and value.isascii():
         return value
     if strict:
@@ -186,21 +186,27 @@ def _label(request: web.Request, name: str, *, strict: bool = True) -> str:
 
 @web.middleware
 async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
-    exchange = request[EXCHANGE]
-    if root(request)[PULSE].refusing:
+    path = request.rel_url.path_safe  # as it is routed: in `request.path` an encoded slash looks like any other
+    if not path.startswith("/v1/") and path != "/v1":
+        return await handler(request)
+    exchange, app = request[EXCHANGE], request[APP]
+    if app.pulse.refusing:
         raise ShuttingDown("the gateway is shutting down; please try again", retry_after=1)
     try:
         principal, own_credential = await identify(request)
         if not principal.key_id:  # a person who signed in: a key of theirs pays, and says what it may
             principal = await lent_key(request, principal)
     except GatewayError as error:
-        root(request)[METRICS].auth_failures.labels(_auth_failure(request, error)).inc()
+        app.metrics.auth_failures.labels(_auth_failure(request, error)).inc()
         raise
     exchange.principal = principal
-    if root(request)[SETTINGS].gateway_own_credential:
+    if app.settings.gateway_own_credential:
         exchange.own_credential = own_credential
-    exchange.user_id = _label(request, "X-User-Id")
-    exchange.app_id = _label(request, "X-App-Id")
+    headers = request.headers
+    if _USER_ID in headers:
+        exchange.user_id = _label(request, _USER_ID)
+    if _APP_ID in headers:
+        exchange.app_id = _label(request, _APP_ID)
     return await handler(request)
 
 
@@ -216,29 +222,30 @@ def _auth_failure(request: web.Request, error: GatewayError) -> str:
 @web.middleware
 async def limit(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Only what goes on to a provider is counted; listing models is free. The body is read once it was admitted."""
-    exchange = request[EXCHANGE]
-    route = request.path if _parser(request) is not None else _passed_on(request)
-    if exchange.principal is None or not route:
+    exchange, resource = request[EXCHANGE], request.match_info.route.resource
+    principal = exchange.principal
+    if principal is None or resource is None or not resource.canonical.startswith(_TO_PROVIDERS):
         return await handler(request)
-    limiter = root(request)[LIMITER]
-    admission = await limiter.admit(exchange.principal, exchange.id, route)
+    app = request[APP]
+    admission = await app.limiter.admit(principal, exchange.id, resource.canonical)
     _rate_headers(exchange, admission)
     if not admission.granted:
-        root(request)[METRICS].rate_limited.labels(admission.reason).inc()
+        app.metrics.rate_limited.labels(admission.reason).inc()
         raise _refused(admission)
     try:
         return await handler(request)
     finally:
         if not exchange.delegated:
-            limiter.release(exchange.principal, exchange.id)
+            app.limiter.release(principal, exchange.id)
 
 
 def _rate_headers(exchange: Exchange, admission: Admission) -> None:
     # The key's own window or bucket alone: what others are granted is not for it to know.
     if admission.limit and admission.reason in ("", "requests_per_minute", "requests_per_second"):
-        exchange.headers["x-ratelimit-limit-requests"] = str(admission.limit)
-        exchange.headers["x-ratelimit-remaining-requests"] = str(admission.remaining)
-        exchange.headers["x-ratelimit-reset-requests"] = f"{admission.reset_after:.3f}s"
+        headers = exchange.headers
+        headers["x-ratelimit-limit-requests"] = str(admission.limit)
+        headers["x-ratelimit-remaining-requests"] = str(admission.remaining)
+        headers["x-ratelimit-reset-requests"] = f"{admission.reset_after:.3f}s"
 
 
 _REASONS = {
@@ -261,37 +268,13 @@ def _refused(admission: Admission) -> GatewayError:
 
 
 @web.middleware
-async def read_call(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Reads and checks the body before anything is sent anywhere."""
-    parse = _parser(request)
-    if parse is not None:
-        exchange, before = request[EXCHANGE], monotonic()
-        body = await read_body(request, root(request)[SETTINGS].gateway_max_body)
-        exchange.upload_ms = (monotonic() - before) * 1000
-        # A large body takes its time, which others' streams must not wait for.
-        exchange.asked = parse(body) if len(body) <= PARSE_HERE else await asyncio.to_thread(parse, body)
-    return await handler(request)
-
-
-def _parser(request: web.Request) -> Callable[[bytes], ModelRequest] | None:
-    """Of the requests that go on to a provider."""
-    return _PARSERS.get(request.path) if request.method == hdrs.METH_POST else None
-
-
-def _passed_on(request: web.Request) -> str:
-    """The route of those that go on to a provider by their path; "" for all others."""
-    resource = request.match_info.route.resource
-    return resource.canonical if resource is not None and resource.canonical.startswith(_PASSED_ON) else ""
-
-
-@web.middleware
 async def record_usage(request: web.Request, handler: Handler) -> web.StreamResponse:
     """A row for every request that reached a provider, on every way it can end."""
     exchange = request[EXCHANGE]
     try:
         return await handler(request)
     finally:
-        root(request)[RECORDER].end(exchange)
+        request[APP].recorder.end(exchange)
 
 
-V1 = (authenticate, limit, read_call, record_usage)
+V1 = (authenticate, limit, record_usage)

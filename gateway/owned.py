@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl, urlencode
 import orjson
 from aiohttp import hdrs, web
 
-from gateway.appkeys import BELONGINGS, EXCHANGE, SETTINGS, root
+from gateway.appkeys import BELONGINGS, EXCHANGE, SETTINGS
 from gateway.identity import tenant
 from gateway.passthrough import Passage
 from gateway.protocol.endpoints import Endpoint, Kind, is_id, not_found
@@ -41,9 +41,9 @@ class Owned:
     def __init__(self, request: web.Request, target: Target) -> None:
         principal = request[EXCHANGE].principal
         assert principal is not None
-        self._belongings = root(request)[BELONGINGS]
+        self._belongings = request.app[BELONGINGS]
         self._account_id = principal.account_id
-        self._seconds = root(request)[SETTINGS].gateway_total_timeout
+        self._seconds = request.app[SETTINGS].gateway_total_timeout
         self._target = target
         self._provider = target.provider.name
         self._most = _MOST  # objects of a page, as long as they fit

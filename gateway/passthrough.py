@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from aiohttp import hdrs, web
 from msgspec.structs import replace
 
-from gateway.appkeys import BALANCER, METRICS, PULSE, RECORDER, SETTINGS, SPAN, TRACING, UPSTREAM, root
+from gateway.appkeys import BALANCER, METRICS, PULSE, RECORDER, SETTINGS, SPAN, TRACING, UPSTREAM
 from gateway.attempt import outcome_of
 from gateway.balancer import Turn
 from gateway.client import Client
@@ -45,8 +45,8 @@ _EVENT_HEADERS = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering"
 @asynccontextmanager
 async def passing(request: web.Request, exchange: Exchange) -> AsyncIterator["Passage"]:
     """The way to one target of its route, begun in the journal. Raises GatewayError for who cannot be asked."""
-    pulse = root(request)[PULSE]
-    turn = root(request)[BALANCER].begin(exchange.route[:1])
+    pulse = request.app[PULSE]
+    turn = request.app[BALANCER].begin(exchange.route[:1])
     client = Client(request, exchange, draining=lambda: pulse.closing)
     passage = Passage(request, exchange, turn, client)
     try:
@@ -73,7 +73,7 @@ class Passage:
     """Its exchange's outcome, status and error_code are written here. Made by `passing`."""
 
     def __init__(self, request: web.Request, exchange: Exchange, turn: Turn, client: Client) -> None:
-        app = root(request)
+        app = request.app
         self._request = request
         self._exchange = exchange
         self._turn = turn

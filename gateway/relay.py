@@ -14,7 +14,7 @@ from time import monotonic, time
 
 from aiohttp import web
 
-from gateway.appkeys import BALANCER, METRICS, PULSE, RECORDER, root
+from gateway.appkeys import APP, Parts
 from gateway.attempt import ASKED, Attempt
 from gateway.balancer import Turn
 from gateway.client import Client
@@ -34,9 +34,10 @@ from gateway.protocol.errors import (
     UpstreamTooLong,
     UpstreamTruncated,
 )
-from gateway.protocol.meter import Meter
-from gateway.protocol.request import PARSE_HERE, Call, Kind, UpstreamRequest, prompt_of
+from gateway.protocol.meter import KEPT, Meter
+from gateway.protocol.request import PARSE_HERE, Call, Kind, prompt_of
 from gateway.protocol.routing import Target
+from gateway.protocol.vocabulary import vocabulary_of
 from gateway.reserve import reserve
 
 ATTEMPTS = 3  # at most, of one exchange
@@ -45,6 +46,9 @@ JITTER = 0.1  # seconds; doubled with each attempt, and a pause is anything up t
 
 # What an answer's id begins with, where it is of our making.
 _IDS: Mapping[Kind, str] = {"chat": "chatcmpl-", "completion": "cmpl-", "embedding": ""}
+
+# Providers by name, targets by their key. One for all: an empty set is a quarter of a kilobyte.
+_NOBODY: frozenset[str | tuple[str, str]] = frozenset()
 
 # After these the same provider says the same: its credential, its address, or what stands there, is wrong.
 _LASTING = frozenset({"auth", "redirect", "bad_body", "tls"})
@@ -56,18 +60,18 @@ async def relay(request: web.Request, exchange: Exchange, client: Client | None 
     `client`: in the place of the one that is connected.
     """
     assert exchange.asked is not None and exchange.principal is not None
-    pulse = root(request)[PULSE]
+    app = request[APP]
+    pulse = app.pulse
     if client is None:
         outlived = exchange.principal.drain_seconds > 0
         client = Client(request, exchange, draining=lambda: pulse.closing, outlived=outlived)
-    asking = _Asking(request, exchange, client)
+    asking = _Asking(request, exchange, client, app)
     _name(exchange, exchange.route[0][0])  # until another is asked
     try:
         while True:
             turn = asking.begin()
             try:
-                attempt, to_send = await asking.prepare(turn)
-                response = await attempt.run(to_send)
+                response = await (await asking.prepare(turn)).run()
                 turn.ok(exchange.first_byte if exchange.asked.stream else 0.0)
                 return response
             except GatewayError as error:
@@ -92,26 +96,24 @@ class _Asking:
 
     __slots__ = (
         "_attempt", "_balancer", "_client", "_exchange", "_excluded", "_failed", "_failure", "_lasting", "_metrics",
-        "_pulse", "_request", "_retrying", "_said", "_sent", "_started",
+        "_pulse", "_recorder", "_request", "_retrying", "_said", "_sent", "_started",
     )  # fmt: skip
 
-    def __init__(self, request: web.Request, exchange: Exchange, client: Client) -> None:
-        app = root(request)
+    def __init__(self, request: web.Request, exchange: Exchange, client: Client, app: Parts) -> None:
         self._request = request
         self._exchange = exchange
         self._client = client
-        self._balancer = app[BALANCER]
-        self._metrics = app[METRICS]
-        self._pulse = app[PULSE]
+        self._balancer = app.balancer
+        self._metrics = app.metrics
+        self._pulse = app.pulse
+        self._recorder = app.recorder
         self._attempt: Attempt | None = None  # the one under way
         self._sent = 0  # attempts
         self._started = 0.0  # the first of them, seconds, monotonic
         self._said: list[str] = []  # of each who was passed over or asked in vain, why: `openai=http_503`
         self._failure: UpstreamError | PermissionDenied | None = None  # what the client is told when nobody answers
         # Whom not to ask: the next time, again at once, and ever again for this exchange.
-        self._excluded: set[str | tuple[str, str]] = set()
-        self._failed: set[str | tuple[str, str]] = set()
-        self._lasting: set[str | tuple[str, str]] = set()
+        self._excluded = self._failed = self._lasting = _NOBODY
         self._retrying = False  # it counts against the budget of retries
 
     # --- an attempt
@@ -126,45 +128,48 @@ class _Asking:
         turn.again = turn.target.provider.name in self._failed
         return turn
 
-    async def prepare(self, turn: Turn) -> tuple[Attempt, UpstreamRequest]:
+    async def prepare(self, turn: Turn) -> Attempt:
         """All that comes before anything is sent. Raises GatewayError: then nothing was, and nobody was named."""
         exchange, target = self._exchange, turn.target
         assert exchange.asked is not None
         self._attempt = None
         prompt = prompt_of(exchange.asked)
-        meter = Meter(prompt.texts, prompt.tokens, framed=prompt.messages)
+        kept = KEPT if vocabulary_of(target.model) is not None else 0
+        meter = Meter(prompt.texts, prompt.tokens, framed=prompt.messages, kept=kept)
         asked = await reserve(self._request, exchange, target, meter)
         call = Call(asked, target, _IDS[asked.kind] + exchange.id.replace("-", ""), int(time()))
         attempt = Attempt(self._request, exchange, self._client, turn, call, meter)
         # Raises InvalidRequest for what the dialect cannot express.
         request_of = attempt.translator.request
-        to_send = request_of() if len(asked.body) <= PARSE_HERE else await asyncio.to_thread(request_of)
+        attempt.to_send = request_of() if len(asked.body) <= PARSE_HERE else await asyncio.to_thread(request_of)
         exchange.meter = meter
         if target is not exchange.target:
             _name(exchange, target)
         if not self._sent:
             # Raises JournalFull: what cannot be accounted is not sent.
-            await root(self._request)[RECORDER].begin(exchange)
+            await self._recorder.begin(exchange)
             self._started = monotonic()
             self._pulse.watch(self._client)
         self._client.sent = monotonic()  # a heartbeat is due after an interval from here
-        self._count(target)
+        if self._sent or target not in exchange.route[0]:
+            self._count(target)
         self._sent += 1
         self._tell([*self._said, f"{target.provider.name}={ASKED}"])
         exchange.outcome = "interrupted"  # until we know better
         self._attempt = attempt
         if self._client.interrupted is not None:  # while a budget was asked
             raise self._client.interrupted
-        return attempt, to_send
+        return attempt
 
     def _count(self, target: Target) -> None:
+        """Another than it was meant for is asked, or one once more."""
         exchange, name = self._exchange, target.provider.name
         if self._sent:
             exchange.status, exchange.error_code = 0, ""
             exchange.headers.pop("X-Upstream-Request-Id", None)
         if self._sent and (name in self._failed or _key(target) in self._failed):
             self._metrics.retries.labels(name, getattr(self._failure, "kind", "")).inc()
-        elif self._sent or target not in exchange.route[0]:
+        else:
             self._metrics.fallbacks.labels(name).inc()
 
     def _tell(self, said: list[str]) -> None:
@@ -199,8 +204,8 @@ class _Asking:
         if not passed:
             raise error
         self._said.append(f"{target.provider.name}={word}")
-        self._failed.add(_key(target))
-        self._lasting.add(_key(target))
+        self._failed |= {_key(target)}
+        self._lasting |= {_key(target)}
 
     def _fail(self, turn: Turn, error: GatewayError, attempt: Attempt) -> None:
         """An attempt that was made."""
@@ -229,12 +234,12 @@ class _Asking:
 
     def _exclude(self, target: Target, error: UpstreamError, attempt: Attempt) -> None:
         limited = isinstance(error, UpstreamRateLimited)
-        self._failed.add(_key(target))
+        self._failed |= {_key(target)}
         if not limited:  # that is of the model alone
-            self._failed.add(target.provider.name)
+            self._failed |= {target.provider.name}
         patient = attempt.asked_for is not None and attempt.asked_for <= LONGEST_WAIT
         if error.kind in _LASTING or (limited and (target.own_credential or not patient)):
-            self._lasting.add(_key(target))
+            self._lasting |= {_key(target)}
 
     async def _pause(self) -> None:
         """Before somebody is asked once more, if somebody may be."""
@@ -289,9 +294,5 @@ def _key(target: Target) -> tuple[str, str]:
 def _name(exchange: Exchange, target: Target) -> None:
     exchange.target = target
     exchange.headers["X-Gateway-Provider"] = target.provider.name
-    exchange.headers["X-Gateway-Model"] = _header_safe(target.model)
-
-
-def _header_safe(text: str) -> str:
-    """A model name may hold any printable character; a header only ASCII."""
-    return text.encode("ascii", "replace").decode()
+    # A model name may hold any printable character; a header only ASCII.
+    exchange.headers["X-Gateway-Model"] = target.model.encode("ascii", "replace").decode()

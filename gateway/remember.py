@@ -1,13 +1,14 @@
 """What a request may have beyond an answer of its own: one that is kept, or one that is being made for another."""
 
 import asyncio
+from collections.abc import Coroutine
 from functools import partial
 from time import monotonic
 
 from aiohttp import hdrs, web
 from multidict import istr
 
-from gateway.appkeys import KEEPER, METRICS, root
+from gateway.appkeys import KEEPER, METRICS
 from gateway.exchange import Exchange
 from gateway.idempotency import IDEMPOTENCY_KEY, idempotent
 from gateway.protocol.errors import NotCached, Unavailable
@@ -23,23 +24,23 @@ from gateway.stores.postgres import kind_of
 CACHE = istr("X-Gateway-Cache")
 
 
-async def answer(request: web.Request, exchange: Exchange) -> web.StreamResponse:
+def answer(request: web.Request, exchange: Exchange) -> Coroutine[None, None, web.StreamResponse]:
     """Answer a request to a model whose route is set. Raises GatewayError only while no byte was sent."""
     resumes = RESUMABLE in request.headers and wants_resuming(request, exchange)
     if IDEMPOTENCY_KEY in request.headers:
-        return await idempotent(request, exchange)
+        return idempotent(request, exchange)
     wish = _wish(request, exchange)
     if resumes and (wish is None or not wish.only_cached):
         exchange.headers |= {} if wish is None else {"X-Gateway-Cache": "bypass"}
-        return await resumable(request, exchange)
+        return resumable(request, exchange)
     if wish is None:
-        return await relay(request, exchange)
+        return relay(request, exchange)
     if not wish.ttl or exchange.own_credential is not None:
         if wish.only_cached:
             raise _not_cached()
         exchange.headers["X-Gateway-Cache"] = "bypass"
-        return await relay(request, exchange)
-    return await _remembered(request, exchange, wish)
+        return relay(request, exchange)
+    return _remembered(request, exchange, wish)
 
 
 def _wish(request: web.Request, exchange: Exchange) -> Wish | None:
@@ -56,7 +57,7 @@ async def _remembered(request: web.Request, exchange: Exchange, wish: Wish) -> w
     assert exchange.asked is not None and exchange.principal is not None
     asked, of = exchange.asked, (exchange.principal.account_id, exchange.route[0], exchange.asked)
     key = digest(*of) if len(asked.body) <= PARSE_HERE else await asyncio.to_thread(digest, *of)
-    sharing, budget = root(request)[SHARING], exchange.principal.budget
+    sharing, budget = request.app[SHARING], exchange.principal.budget
     # What a key's own budget ends, or refuses, is nobody else's answer.
     name = key + exchange.principal.key_id.encode() if budget else key
     generation = sharing.find(key) or sharing.find(name) if wish.read else None
@@ -83,9 +84,9 @@ def _not_cached() -> NotCached:
 async def _find(request: web.Request, key: bytes, max_age: float) -> Kept | None:
     """None also while Postgres does not say."""
     try:
-        return await root(request)[KEEPER].answers.find(key, max_age)
+        return await request.app[KEEPER].answers.find(key, max_age)
     except Unavailable as error:
-        root(request)[METRICS].dependency_errors.labels("postgres", kind_of(error)).inc()
+        request.app[METRICS].dependency_errors.labels("postgres", kind_of(error)).inc()
     return None
 
 
@@ -96,4 +97,4 @@ def _keep(request: web.Request, key: bytes, ttl: int, generation: Generation) ->
     if generation.whole and exchange.target in exchange.route[0]:
         account_id = exchange.principal.account_id
         ended = Ended("cache", key, account_id, generation.kept(), ttl, exchange.started, monotonic())
-        root(request)[KEEPER].keep(ended, exchange.asked.kind)
+        request.app[KEEPER].keep(ended, exchange.asked.kind)

@@ -9,7 +9,7 @@ from time import monotonic
 import orjson
 from aiohttp import web
 
-from gateway.appkeys import PULSE, root
+from gateway.appkeys import PULSE
 from gateway.client import PIECE, Client
 from gateway.exchange import Exchange, Outcome, Source
 from gateway.protocol.errors import GatewayError, UpstreamRejected
@@ -26,7 +26,7 @@ async def replay(
         refusal = _refusal(kept.status, kept.whole)
         _note(exchange, "rejected", refusal)
         raise refusal
-    pulse = root(request)[PULSE]
+    pulse = request.app[PULSE]
     client = Client(request, exchange, draining=lambda: pulse.closing)
     pulse.watch(client)
     try:

@@ -2,7 +2,7 @@
 
 from aiohttp import web
 
-from gateway.appkeys import METRICS, root
+from gateway.appkeys import METRICS
 from gateway.exchange import Exchange
 from gateway.logs import log_exchange
 
@@ -13,7 +13,7 @@ def report(request: web.Request, exchange: Exchange) -> None:
         usage, source = None, ""  # it was passed on, and nobody counted anything
     log_exchange(request.method, _route(request), exchange, usage, source)
     if request.path.startswith("/v1/"):
-        root(request)[METRICS].exchange_ended(exchange, usage, source, counted_live=exchange.counted_live)
+        request.app[METRICS].exchange_ended(exchange, usage, source, counted_live=exchange.counted_live)
 
 
 def _route(request: web.Request) -> str:

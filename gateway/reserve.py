@@ -7,7 +7,7 @@ from functools import partial
 
 from aiohttp import web
 
-from gateway.appkeys import BUDGETS, METRICS, PRICES, root
+from gateway.appkeys import APP
 from gateway.exchange import Exchange
 from gateway.protocol.errors import (
     GatewayError,
@@ -40,7 +40,7 @@ async def reserve(request: web.Request, exchange: Exchange, target: Target, mete
     """
     asked, principal = exchange.asked, exchange.principal
     assert asked is not None and principal is not None
-    if not root(request)[BUDGETS].covers(principal):
+    if not request[APP].budgets.covers(principal):
         return asked
     if exchange.reservation is not None:
         exchange.reservation.settle(0, 0)
@@ -56,7 +56,7 @@ async def reserve(request: web.Request, exchange: Exchange, target: Target, mete
     try:
         reservation = await _ask(request, exchange, target, prompt_tokens, output_tokens)
     except GatewayError as error:
-        root(request)[METRICS].rate_limited.labels(_REFUSALS[type(error)]).inc()
+        request[APP].metrics.rate_limited.labels(_REFUSALS[type(error)]).inc()
         raise
     exchange.reservation = reservation
     exchange.headers.update(reservation.headers)
@@ -70,13 +70,13 @@ async def reserve(request: web.Request, exchange: Exchange, target: Target, mete
 async def _ask(
     request: web.Request, exchange: Exchange, target: Target, prompt_tokens: int, output_tokens: int
 ) -> Reservation:
-    principal = exchange.principal
+    principal, app = exchange.principal, request[APP]
     assert principal is not None
-    return await root(request)[BUDGETS].reserve(
+    return await app.budgets.reserve(
         principal,
         exchange.id,
         exchange.started_at,
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
-        price=root(request)[PRICES].price(target.provider.name, target.model, datetime.now(UTC)),
+        price=app.prices.price(target.provider.name, target.model, datetime.now(UTC)),
     )

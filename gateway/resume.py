@@ -12,7 +12,7 @@ from time import monotonic
 from aiohttp import web
 from multidict import istr
 
-from gateway.appkeys import METRICS, PULSE, SETTINGS, STREAMS, root
+from gateway.appkeys import METRICS, PULSE, SETTINGS, STREAMS
 from gateway.client import Client
 from gateway.exchange import Exchange
 from gateway.protocol.errors import GatewayError, InvalidRequest, KeyEnded, NotFound, StreamGone, Unavailable
@@ -38,12 +38,12 @@ def wants_resuming(request: web.Request, exchange: Exchange) -> bool:
 async def resumable(request: web.Request, exchange: Exchange) -> web.StreamResponse:
     """Answer a request whose stream can be continued, if Redis takes it. Raises GatewayError while no byte was sent."""
     assert exchange.principal is not None
-    key_id, streams, settings = exchange.principal.key_id, root(request)[STREAMS], root(request)[SETTINGS]
+    key_id, streams, settings = exchange.principal.key_id, request.app[STREAMS], request.app[SETTINGS]
     name = name_of(key_id, exchange.id)
     if not await streams.begin(key_id, name):
         return await relay(request, exchange)
     exchange.headers[RESUMABLE] = "true"
-    generation = root(request)[SHARING].begin(
+    generation = request.app[SHARING].begin(
         name.encode(),
         request,
         exchange,
@@ -65,8 +65,8 @@ async def resume(request: web.Request, exchange: Exchange, stream_id: str, after
     """Continue a stream of the same key `after` so many bytes of it. Raises GatewayError while no byte was sent."""
     assert exchange.principal is not None
     name = name_of(exchange.principal.key_id, stream_id)
-    results = root(request)[METRICS].resumed_streams
-    generation = root(request)[SHARING].running(name.encode())
+    results = request.app[METRICS].resumed_streams
+    generation = request.app[SHARING].running(name.encode())
     if generation is not None and _has(generation, after):
         results.labels("joined").inc()
         exchange.headers["X-Gateway-Stream"] = stream_id
@@ -102,8 +102,8 @@ class _Following:
         self._request = request
         self._name = name
         self._after = after  # bytes that the client has, or was sent
-        self._streams = root(request)[STREAMS]
-        self._pulse = pulse = root(request)[PULSE]
+        self._streams = request.app[STREAMS]
+        self._pulse = pulse = request.app[PULSE]
         self._client = Client(request, exchange, draining=lambda: pulse.closing, stream=True)
         self._client.sent = math.inf  # heartbeats are part of the stream
         self._unmade_since = 0.0  # seconds, monotonic; 0: somebody makes it, or made it to its end
@@ -188,7 +188,7 @@ class _Following:
 
     async def _stop(self, error: GatewayError) -> web.StreamResponse:
         """An end that is not the stream's. Raises the error while no byte was sent, else ConnectionResetError."""
-        root(self._request)[METRICS].resumed_streams.labels("broken").inc()
+        self._request.app[METRICS].resumed_streams.labels("broken").inc()
         if not self._client.prepared:
             raise error
         if isinstance(error, KeyEnded):

@@ -21,6 +21,7 @@ from aiohttp import http_parser, web
 from gateway.app import make_app
 from gateway.appkeys import METRICS, PULSE
 from gateway.connection import Runner
+from gateway.databases import reason
 from gateway.embedded import EmbeddedError
 from gateway.metrics import Metrics
 from gateway.pulse import Pulse
@@ -52,11 +53,6 @@ def serve(
         raise SettingsError(f"DATABASE_URL: {reason(error)}") from None
     except (EmbeddedError, MigrationError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         raise StartError(f"cannot start: {reason(error)}") from None
-
-
-def reason(error: BaseException) -> str:
-    """What an error says; its class's name if it says nothing, as a time-out does."""
-    return str(error) or type(error).__name__
 
 
 def make_runner(app: web.Application) -> Runner:

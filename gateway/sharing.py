@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from aiohttp import web
 
-from gateway.appkeys import LIMITER, METRICS, PULSE, RECORDER, root
+from gateway.appkeys import LIMITER, METRICS, PULSE, RECORDER
 from gateway.attempt import outcome_of
 from gateway.client import Client
 from gateway.exchange import Exchange, Outcome, Source
@@ -86,7 +86,7 @@ class Generation:
 
     async def run(self) -> None:
         """To its end, which everybody who listens is told of."""
-        pulse, exchange, recording = root(self._request)[PULSE], self.exchange, self.recording
+        pulse, exchange, recording = self._request.app[PULSE], self.exchange, self.recording
         pulse.enter()
         try:
             recording.finish(await self._answer())
@@ -95,7 +95,7 @@ class Generation:
             recording.finish(StreamGone(words) if recording.resumable else ShuttingDown(words, retry_after=1))
             raise
         except Exception as error:
-            root(self._request)[METRICS].internal_errors.labels("stream").inc()
+            self._request.app[METRICS].internal_errors.labels("stream").inc()
             log.exception("a shared answer failed", extra={"fields": {"request_id": exchange.id}})
             recording.finish(InternalError("the gateway failed; quote the request id to its operator"))
             exchange.status = 200 if self._payer.prepared else 500
@@ -118,7 +118,7 @@ class Generation:
             exchange.status = 200 if self._payer.prepared else error.http_status
             exchange.error_code = error.error_code or ""
             if self._payer.prepared and not recording.behind:
-                await root(self._request)[RECORDER].settle(exchange)
+                await self._request.app[RECORDER].settle(exchange)
             return error
         return None
 
@@ -134,7 +134,7 @@ class Generation:
 
         `source`: None when it is the same client, which goes on `after` so many bytes.
         """
-        pulse = root(request)[PULSE]
+        pulse = request.app[PULSE]
         asked = self.exchange.asked
         client = Client(request, exchange, draining=lambda: pulse.closing, stream=asked is not None and asked.stream)
         listener = Listener(self.recording, client, exchange, after)
@@ -166,7 +166,7 @@ class Generation:
             return _Seen(outcome, status or error.http_status, error.error_code or "")
         if listener.ended:
             return _Seen(self.exchange.outcome, status, "")
-        draining = root(self._request)[PULSE].draining
+        draining = self._request.app[PULSE].draining
         return _Seen("interrupted" if draining else "client_abort", status, "client_stalled" if client.stalled else "")
 
     def _note(self, exchange: Exchange, source: Source, seen: _Seen) -> None:
@@ -186,7 +186,7 @@ class Generation:
             await asyncio.wait({self.task})  # some steps: it ends
         record = self._record()
         if self._over and not record.recorded:
-            await root(self._request)[RECORDER].settle(record)
+            await self._request.app[RECORDER].settle(record)
 
     def _see(self, listener: Listener, client: Client) -> None:
         """Notes how it ended for who pays. Of one that can be resumed it may not be the end."""
@@ -204,7 +204,7 @@ class Generation:
         if self._closed or self._listening or not self._over:
             return
         self._closed = True
-        app, record = root(self._request), self._record()
+        app, record = self._request.app, self._record()
         assert record.principal is not None
         app[RECORDER].end(record)
         record.ended = record.ended or monotonic()

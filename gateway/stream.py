@@ -57,13 +57,13 @@ class Tally:
     def take(self, chunks: list[Chunk]) -> bytes:
         """Their bytes, counted before they are sent: the provider bills what the client did not wait for."""
         texts = self._texts
-        for _, text, usage, finish_reason in chunks:
-            if usage is not None or finish_reason is not None:
-                self.count(text, usage, finish_reason)
-            elif text:
+        for chunk in chunks:
+            if chunk.usage is not None or chunk.finish_reason is not None:
+                self.count(chunk.text, chunk.usage, chunk.finish_reason)
+            elif chunk.text:
                 if not texts:
                     self._begin()
-                texts.append(text)
+                texts.append(chunk.text)
                 self.spoke = True
         return chunks[0].data if len(chunks) == 1 else b"".join([chunk.data for chunk in chunks])
 
@@ -166,7 +166,12 @@ class Stream:
         """
         while True:
             if self._stop is None:
-                await self._follow(answer)
+                try:
+                    await self._follow(answer)
+                finally:
+                    self._flowing = False
+                    self._stopped = self._client.on_flow = None
+                    self._client.reading_since = 0.0
             if self._stop is _Stop.END:
                 return self._last_words()
             assert self._reservation is not None
@@ -243,21 +248,17 @@ class Stream:
 
     # --- until the next stop
 
-    async def _follow(self, answer: Answer) -> None:
-        self._stopped = asyncio.get_running_loop().create_future()
+    def _follow(self, answer: Answer) -> asyncio.Future[None]:
+        """What comes is passed on until the future that it gives is done. Raises what came meanwhile."""
+        if self._fault is not None:
+            raise self._fault
+        self._stopped = stopped = asyncio.get_running_loop().create_future()
         self._client.on_flow = self._go_on
-        try:
-            if self._fault is not None:
-                raise self._fault
-            follows, self._answer = self._answer is not None, answer
-            self._go_on()
-            if not follows:
-                answer.follow(self)
-            await self._stopped
-        finally:
-            self._flowing = False
-            self._stopped = self._client.on_flow = None
-            self._client.reading_since = 0.0
+        follows, self._answer = self._answer is not None, answer
+        self._go_on()
+        if not follows:
+            answer.follow(self)
+        return stopped
 
     def received(self, data: bytes) -> None:
         if not self._flowing:
@@ -271,13 +272,12 @@ class Stream:
                 tally.heard.append(now)
             if passed:
                 self._put(passed)
+                client.sent = now
         except Exception as error:  # of a gathered answer that is too long; else a bug of ours, which the relay reports
             self._end(error)
             return
         if self._flowing:  # what was put has not filled the client's buffer
             client.reading_since = now
-        if passed:
-            client.sent = now
         if now >= self._due:
             self._account(now)
         if self._stop is not None:

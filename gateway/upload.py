@@ -7,7 +7,7 @@ from time import monotonic
 
 from aiohttp import web
 
-from gateway.appkeys import METRICS, SETTINGS, root
+from gateway.appkeys import METRICS, SETTINGS
 from gateway.body import meet_expectation
 from gateway.protocol.errors import InvalidRequest, PayloadTooLarge, RequestTimeout
 
@@ -21,7 +21,7 @@ class Upload:
     """
 
     def __init__(self, request: web.Request) -> None:
-        settings = root(request)[SETTINGS]
+        settings = request.app[SETTINGS]
         self._request = request
         self._limit = settings.gateway_max_upload
         self._seconds = settings.gateway_body_timeout
@@ -63,7 +63,7 @@ class Upload:
                 self._held += data
         except asyncio.CancelledError:
             if self._request.transport is None:  # it left; else it is we that end
-                root(self._request)[METRICS].client_aborts.labels("body").inc()
+                self._request.app[METRICS].client_aborts.labels("body").inc()
             raise
         return self._held
 
@@ -85,7 +85,7 @@ class Upload:
             async with asyncio.timeout(min(self._seconds, self._until - monotonic())):
                 data = await self._request.content.readany()
         except TimeoutError:
-            root(self._request)[METRICS].slow_clients.labels("body").inc()
+            self._request.app[METRICS].slow_clients.labels("body").inc()
             if monotonic() < self._until:
                 raise RequestTimeout(f"nothing of the request body came for {self._seconds:g} s") from None
             raise RequestTimeout(f"the request body did not come within {self._most:g} s") from None

@@ -66,9 +66,9 @@ class Upstream:
     async def close(self) -> None:
         await self._pool.close()
 
-    async def post(
+    def post(
         self, target: Target, request: UpstreamRequest, headers: Mapping[str, str], on_connected: Callable[[], None]
-    ) -> Answer:
+    ) -> Coroutine[None, None, Answer]:
         """Send one request; the answer once its head is in. Raises UpstreamError; a cancellation leaves nothing open.
 
         `headers` is what the client sent: what may pass is picked here. `on_connected` is called when there is a
@@ -78,7 +78,7 @@ class Upstream:
         _pass_on(headers, own)
         origin, head = _head("POST", target, request.path, own)
         name = target.provider.name
-        return await self._send(name, self._exchange(name, origin, head, request.body, on_connected))
+        return self._send(name, self._exchange(name, origin, head, request.body, on_connected))
 
     async def pass_on(
         self, target: Target, passed: Passed, headers: Mapping[str, str], on_connected: Callable[[], None]
@@ -135,18 +135,25 @@ class Upstream:
     async def _exchange(
         self, name: str, origin: Origin, head: bytes, body: bytes, on_connected: Callable[[], None]
     ) -> Answer:
-        connection = self._pool.take(origin)
-        if connection is not None:
-            sent = monotonic()
+        kept = self._pool.take(origin)
+        sent = monotonic()
+        while True:
+            connection = kept or await self._pool.connect(origin)
+            answer = Answer(connection, name)
             try:
-                return await _ask(Answer(connection, name), connection, head, body, on_connected)
-            except Broken as broken:
+                on_connected()
+                connection.send(head, body, answer)
+                await answer.head()
+            except BaseException as error:
+                answer.close()
                 # The provider closed it while nobody used it, and has not read the request: it is sent once more. One
                 # that closes it later may have worked on it (RFC 9110 9.2.2).
-                if broken.fault != "unanswered" or monotonic() - sent > CLOSED_UNREAD:
+                unread = isinstance(error, Broken) and error.fault == "unanswered"
+                if kept is None or not unread or monotonic() - sent > CLOSED_UNREAD:
                     raise
-        connection = await self._pool.connect(origin)
-        return await _ask(Answer(connection, name), connection, head, body, on_connected)
+                kept = None
+            else:
+                return answer
 
     async def _stream(
         self, name: str, origin: Origin, head: bytes, body: Body, on_connected: Callable[[], None]
@@ -203,19 +210,6 @@ async def _taken(connection: Connection, name: str, patience: float) -> None:
             if connection.unsent >= unsent:
                 words = f"{name} read nothing of the request for {patience:g} s"
                 raise UpstreamTimeout(words, kind="timeout_idle") from None
-
-
-async def _ask(
-    answer: Answer, connection: Connection, head: bytes, body: bytes, on_connected: Callable[[], None]
-) -> Answer:
-    try:
-        on_connected()
-        connection.send(head, body, answer)
-        await answer.head()
-    except BaseException:
-        answer.close()
-        raise
-    return answer
 
 
 # --- heads --------------------------------------------------------------------------------------------------------

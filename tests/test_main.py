@@ -79,6 +79,27 @@ def test_help_is_at_hand_without_importing_the_server() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_the_server_is_imported_without_what_it_never_uses_and_all_of_it_is_there_afterwards() -> None:
+    program = """
+import ssl, sys
+from gateway.__main__ import main
+print(main(["serve"]))
+import aiohttp.connector
+print(aiohttp.connector._SSL_CONTEXT_VERIFIED.cert_store_stats()["x509"], "redis" in sys.modules)
+print("opentelemetry" in sys.modules, "set_default_verify_paths" in vars(ssl.SSLContext))
+"""
+    environ = {"AIOHTTP_NO_EXTENSIONS": "1"}  # for which the start ends as soon as all is imported
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environ)
+    assert done.stdout == "2\n0 True\nFalse False\n"
+
+
+def test_the_commands_on_the_database_do_not_import_the_server(database_url: str, redis_url: str) -> None:
+    program = "import sys; from gateway.__main__ import main; main(['users', 'list']); print('aiohttp' in sys.modules)"
+    environ = {"DATABASE_URL": database_url, "REDIS_URL": redis_url}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environ)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
 def test_an_account_and_a_key_are_made_listed_and_revoked(
     on_stores: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -197,6 +197,16 @@ async def test_no_key_a_wrong_key_and_a_key_in_the_wrong_place_are_401(gateway: 
             assert (await response.json())["error"]["code"] == "invalid_api_key"
 
 
+async def test_a_key_is_asked_for_all_below_v1_and_for_nothing_else(gateway: Gateway) -> None:
+    """Whatever is there: an encoded slash is none, an encoded letter is that letter."""
+    asking = {}
+    below = ("/v1", "/v1/", "/v1/no-such", "/v1/chat%2Fcompletions", "/%76%31/models", "/v1/files/f/content")
+    for path in (*below, "/v1x", "/v1x/models", "/v1%2Fchat/completions", "/x/v1/models"):
+        request = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+        asking[path] = int((await answer_to(gateway, request.encode())).split()[1])
+    assert asking == {path: 401 if path in below else 404 for path in asking}
+
+
 async def test_unknown_models_and_models_that_a_key_may_not_use_are_named(gateway: Gateway) -> None:
     key = await gateway.new_key(allowed_models=("openai/mock-gpt*",))
     async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {key}"}) as client:
@@ -474,3 +484,17 @@ async def test_models_are_merged_over_providers_and_aliases_are_listed(
             assert response.status == 200
             assert response.headers["X-Gateway-Model"] == "mock-gpt"
         assert json.loads(gateway.calls[-1].body)["model"] == "mock-gpt"
+
+
+async def test_a_body_that_is_too_large_ends_its_connection_also_when_it_came_with_the_head(
+    database_url: str, redis_url: str
+) -> None:
+    async with running_gateway(database_url, redis_url, {"GATEWAY_MAX_BODY": "100"}) as gateway:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(gateway.root_url.rsplit(":", 1)[1]))
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {gateway.api_key}\r\n"
+        writer.write(f"{head}Content-Type: application/json\r\nContent-Length: 101\r\n\r\n".encode() + b" " * 101)
+        async with asyncio.timeout(20):
+            answer = await reader.read()  # to the end of the connection
+        writer.close()
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"\r\nConnection: close\r\n" in answer

@@ -35,8 +35,8 @@ def with_servers(settings: Settings, work: Callable[[str, str], Awaitable[Rows]]
     ones. Ends the command when they cannot be had."""
     import asyncpg
 
+    from gateway.databases import reason
     from gateway.embedded import EmbeddedError, open_database
-    from gateway.serve import reason
     from gateway.stores.migrations import MigrationError
 
     async def run() -> Rows:

@@ -14,7 +14,7 @@ from typing import Any, cast
 import orjson
 from aiohttp import web
 
-from gateway.appkeys import ACCOUNTS, KEYS, SETTINGS, root
+from gateway.appkeys import ACCOUNTS, KEYS, SETTINGS
 from gateway.body import leave_expectation, read_body
 from gateway.exchange import Principal
 from gateway.handlers import budgets
@@ -70,8 +70,8 @@ def routes() -> list[web.RouteDef]:
 
 async def register(request: web.Request) -> web.Response:
     fields = await read_fields(request, {"email": text_field, "password": text_field}, required=("email", "password"))
-    registration = root(request)[SETTINGS].gateway_registration
-    accounts = root(request)[ACCOUNTS]
+    registration = request.app[SETTINGS].gateway_registration
+    accounts = request.app[ACCOUNTS]
     account = await accounts.register(
         fields["email"], fields["password"], registration=registration, address=client_address(request)
     )
@@ -81,24 +81,24 @@ async def register(request: web.Request) -> web.Response:
 
 async def list_users(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
-    users = await root(request)[ACCOUNTS].list(tenant(principal))
+    users = await request.app[ACCOUNTS].list(tenant(principal))
     return answer({"users": [_shown_user(user) for user in users]})
 
 
 async def show_user(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
-    user = await root(request)[ACCOUNTS].get(request.match_info["id"], tenant(principal))
+    user = await request.app[ACCOUNTS].get(request.match_info["id"], tenant(principal))
     return answer({**_shown_user(user), "budgets": await budgets.of_account(request, user.id, user.budget)})
 
 
 async def change_user(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
     if principal.role != "admin":
-        await root(request)[ACCOUNTS].get(request.match_info["id"], tenant(principal))  # a foreign one is 404
+        await request.app[ACCOUNTS].get(request.match_info["id"], tenant(principal))  # a foreign one is 404
         raise PermissionDenied("only an admin limits accounts")
     fields = await read_fields(request, dict.fromkeys(BUDGET_NAMES, _limit))
-    announce = root(request)[KEYS].announce_account
-    user = await root(request)[ACCOUNTS].change(request.match_info["id"], cast(BudgetLimits, fields), announce)
+    announce = request.app[KEYS].announce_account
+    user = await request.app[ACCOUNTS].change(request.match_info["id"], cast(BudgetLimits, fields), announce)
     return answer({**_shown_user(user), "budgets": await budgets.of_account(request, user.id, user.budget)})
 
 
@@ -119,10 +119,10 @@ async def create_key(request: web.Request) -> web.Response:
     checks = {"email": text_field, "password": text_field, **_KEY_FIELDS}
     fields = await read_fields(request, checks, required=("key_name",))
     account_id, grant = await _creator(request, fields.get("email"), fields.get("password"))
-    limits: KeyLimits = {**_defaults(root(request)[SETTINGS]), **_limits(fields)}
+    limits: KeyLimits = {**_defaults(request.app[SETTINGS]), **_limits(fields)}
     grant.check(limits)
     expires_at = fields.get("expires_at")
-    key = await root(request)[KEYS].create(account_id, fields["key_name"], expires_at, **limits)
+    key = await request.app[KEYS].create(account_id, fields["key_name"], expires_at, **limits)
     body = {
         "api_key": key.token,
         "prefix": key.prefix,
@@ -136,13 +136,13 @@ async def create_key(request: web.Request) -> web.Response:
 
 async def list_keys(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
-    keys = await root(request)[KEYS].list(tenant(principal))
+    keys = await request.app[KEYS].list(tenant(principal))
     return answer({"keys": [_shown(key) for key in keys]})
 
 
 async def show_key(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
-    key = await root(request)[KEYS].get(request.match_info["id"], tenant(principal))
+    key = await request.app[KEYS].get(request.match_info["id"], tenant(principal))
     return answer({**_shown(key), "budgets": await budgets.of_key(request, key)})
 
 
@@ -151,15 +151,15 @@ async def change_key(request: web.Request) -> web.Response:
     fields = await read_fields(request, _KEY_FIELDS)
     names = {"key_name": "name"}
     changes = cast(KeyChanges, {names.get(name, name): value for name, value in fields.items()})
-    _grant_of(principal, root(request)[SETTINGS]).check(changes)
-    key = await root(request)[KEYS].change(request.match_info["id"], tenant(principal), changes)
+    _grant_of(principal, request.app[SETTINGS]).check(changes)
+    key = await request.app[KEYS].change(request.match_info["id"], tenant(principal), changes)
     return answer({**_shown(key), "budgets": await budgets.of_key(request, key)})
 
 
 async def revoke_key(request: web.Request) -> web.Response:
     principal, _ = await identify(request)
     key_id = request.match_info["id"]
-    await root(request)[KEYS].revoke(key_id, tenant(principal))
+    await request.app[KEYS].revoke(key_id, tenant(principal))
     return answer({"id": key_id, "revoked": True})
 
 
@@ -242,7 +242,7 @@ def _within(model: str, pattern: str) -> bool:
 
 async def _creator(request: web.Request, email: str | None, password: str | None) -> tuple[str, Grant]:
     """Whose the new key is, and what may be granted: by email and password, a session, or an admin's key."""
-    settings, accounts = root(request)[SETTINGS], root(request)[ACCOUNTS]
+    settings, accounts = request.app[SETTINGS], request.app[ACCOUNTS]
     if password is not None:
         if email is None:
             raise InvalidRequest("email is missing", param="email", code="missing_required_parameter")

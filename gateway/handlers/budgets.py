@@ -6,7 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
-from gateway.appkeys import BUDGETS, root
+from gateway.appkeys import BUDGETS
 from gateway.exchange import Budget
 from gateway.protocol.errors import Unavailable
 from gateway.stores.key_limits import budget_limits, shown
@@ -33,7 +33,7 @@ async def _budgets(request: web.Request, of: str, subject: str, limits: Mapping[
     if not limited:
         return []
     try:
-        spent = await root(request)[BUDGETS].spent(subject)
+        spent = await request.app[BUDGETS].spent(subject)
     except Unavailable:
         spent = None
     now, rows = datetime.now(UTC), []

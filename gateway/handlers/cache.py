@@ -4,7 +4,7 @@ from uuid import UUID
 
 from aiohttp import web
 
-from gateway.appkeys import KEEPER, root
+from gateway.appkeys import KEEPER
 from gateway.exchange import Principal
 from gateway.handlers.accounts import answer
 from gateway.identity import identify
@@ -18,7 +18,7 @@ def routes() -> list[web.RouteDef]:
 async def clear(request: web.Request) -> web.Response:
     """Of the caller's account; an admin's `account` names another by its id, or `all`. How many answers there were."""
     principal, _ = await identify(request)
-    return answer({"deleted": await root(request)[KEEPER].answers.clear(_account(request, principal))})
+    return answer({"deleted": await request.app[KEEPER].answers.clear(_account(request, principal))})
 
 
 def _account(request: web.Request, principal: Principal) -> str | None:

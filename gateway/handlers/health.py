@@ -8,7 +8,7 @@ import orjson
 from aiohttp import web
 
 from gateway import __version__
-from gateway.appkeys import BALANCER, CATALOGUE, LIMITER, METRICS, POOL, PRESSURE, PULSE, RECORDER, SHIPPER, root
+from gateway.appkeys import BALANCER, CATALOGUE, LIMITER, METRICS, POOL, PRESSURE, PULSE, RECORDER, SHIPPER
 from gateway.page import CONTENT_TYPE
 from gateway.protocol.errors import Unavailable
 from gateway.stores.postgres import HOT_ACQUIRE_TIMEOUT, HOT_COMMAND_TIMEOUT, Pool, connection
@@ -41,24 +41,24 @@ def _as_written(handler: Handler) -> Handler:
 
 async def live(request: web.Request) -> web.Response:
     """200 as long as the process answers at all, and in time."""
-    if root(request)[PRESSURE].stalled:
+    if request.app[PRESSURE].stalled:
         return web.json_response({"status": "stalled"}, status=503)
     return web.json_response({"status": "live"})
 
 
 async def ready(request: web.Request) -> web.Response:
     """200 only when it can serve. Postgres or Redis gone is no reason to say no: known keys are served without them."""
-    if root(request)[PULSE].draining:
+    if request.app[PULSE].draining:
         return web.json_response({"status": "draining"}, status=503)
-    if root(request)[PULSE].overloaded:
+    if request.app[PULSE].overloaded:
         return web.json_response({"status": "overloaded"}, status=503)
-    if root(request)[RECORDER].refusing:
+    if request.app[RECORDER].refusing:
         return web.json_response({"status": "usage_log_full"}, status=503)
     return web.json_response({"status": "ready"})
 
 
 async def report(request: web.Request) -> web.Response:
-    app = root(request)
+    app = request.app
     postgres = await _postgres(app[POOL])
     catalogue = app[CATALOGUE]
     degraded = postgres != "up" or app[LIMITER].state != "redis" or app[RECORDER].refusing
@@ -93,5 +93,5 @@ async def _postgres(pool: Pool) -> str:
 
 
 async def metrics(request: web.Request) -> web.Response:
-    page = await asyncio.to_thread(root(request)[METRICS].render)
+    page = await asyncio.to_thread(request.app[METRICS].render)
     return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE})

@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 from aiohttp import hdrs, web
 
-from gateway.appkeys import METRICS, PULSE, root
+from gateway.appkeys import METRICS, PULSE
 from gateway.identity import identify
 from gateway.labels import NONE
 from gateway.metrics import Metrics
@@ -51,7 +51,7 @@ def routes() -> list[web.RouteDef]:
 async def watch(live: "Live", request: web.Request) -> web.StreamResponse:
     """An event `figures` a second, of all workers together, until the watcher goes or is no admin any more."""
     await _identify_admin(request)
-    app = root(request)
+    app = request.app
     if app[PULSE].draining:
         raise ShuttingDown("the gateway is shutting down; please try again", retry_after=1)
     if live.watchers >= MAX_WATCHERS:
@@ -99,7 +99,7 @@ async def _write(request: web.Request, response: web.StreamResponse, event: byte
         async with asyncio.timeout(PATIENCE):
             await response.write(event)
     except TimeoutError:
-        root(request)[METRICS].slow_clients.labels("read").inc()
+        request.app[METRICS].slow_clients.labels("read").inc()
         if request.transport is not None:
             request.transport.abort()
         raise ConnectionResetError("a watcher that does not read") from None

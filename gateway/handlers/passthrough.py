@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 from aiohttp import hdrs, web
 
-from gateway.appkeys import BUDGETS, CATALOGUE, EXCHANGE, METRICS, root
+from gateway.appkeys import BUDGETS, CATALOGUE, EXCHANGE, METRICS
 from gateway.body import leave_expectation
 from gateway.exchange import Exchange
 from gateway.idempotency import IDEMPOTENCY_KEY, Promise
@@ -48,7 +48,7 @@ def routes() -> list[web.RouteDef]:
     return [
         web.route(
             endpoint.method,
-            endpoint.path.replace("{id}", f"{{id:{ID}}}"),
+            "/v1" + endpoint.path.replace("{id}", f"{{id:{ID}}}"),
             partial(pass_through, endpoint),
             expect_handler=leave_expectation,
         )
@@ -220,8 +220,8 @@ def _parse(body: bytes) -> tuple[dict[str, Any], list[str]]:
 def _refuse_unpriced(request: web.Request, endpoint: Endpoint, exchange: Exchange) -> None:
     """A budget is for what can be reserved before it is used: raises PermissionDenied for what cannot."""
     assert exchange.principal is not None
-    if endpoint.priced and root(request)[BUDGETS].covers(exchange.principal):
-        root(request)[METRICS].rate_limited.labels("price_unknown").inc()
+    if endpoint.priced and request.app[BUDGETS].covers(exchange.principal):
+        request.app[METRICS].rate_limited.labels("price_unknown").inc()
         words = f"what /v1{endpoint.path} uses is not known before it is over, so it cannot be held to a budget"
         raise PermissionDenied(words, code="price_unknown")
 
@@ -234,7 +234,7 @@ def _route(request: web.Request, endpoint: Endpoint, exchange: Exchange, read: R
     principal = exchange.principal
     assert principal is not None
     if read.model:
-        route = root(request)[CATALOGUE].resolve(read.model, exchange.own_credential, principal.allowed_models)
+        route = request.app[CATALOGUE].resolve(read.model, exchange.own_credential, principal.allowed_models)
         target = route[0][0]
     else:
         if endpoint.runs_model and principal.allowed_models:
@@ -247,7 +247,7 @@ def _route(request: web.Request, endpoint: Endpoint, exchange: Exchange, read: R
 
 
 def _named(request: web.Request, own_credential: str | None) -> Target:
-    providers = root(request)[CATALOGUE].routes.providers
+    providers = request.app[CATALOGUE].routes.providers
     name = request.headers.get(PROVIDER, USUAL)
     provider: Provider | None = providers.get(name)
     if provider is None:

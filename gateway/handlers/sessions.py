@@ -4,7 +4,7 @@ from typing import Any
 
 from aiohttp import hdrs, web
 
-from gateway.appkeys import ACCOUNTS, SESSIONS, root
+from gateway.appkeys import ACCOUNTS, SESSIONS
 from gateway.body import leave_expectation
 from gateway.handlers.accounts import answer, read_fields, text_field
 from gateway.identity import (
@@ -32,8 +32,8 @@ async def sign_in(request: web.Request) -> web.Response:
     if SEC_FETCH_SITE in request.headers or hdrs.ORIGIN in request.headers:  # a program sends neither
         refuse_cross_site(request)  # or a foreign page signs its visitor in to an account of its own
     fields = await read_fields(request, {"email": text_field, "password": text_field}, required=("email", "password"))
-    account = await root(request)[ACCOUNTS].login(fields["email"], fields["password"], address=client_address(request))
-    opened = await root(request)[SESSIONS].open(account.id)
+    account = await request.app[ACCOUNTS].login(fields["email"], fields["password"], address=client_address(request))
+    opened = await request.app[SESSIONS].open(account.id)
     response = answer(_shown(opened.session))
     _set_cookie(request, response, opened.token, SESSION_SECONDS)
     return response
@@ -43,7 +43,7 @@ async def show_session(request: web.Request) -> web.Response:
     """Who is signed in; 401 when nobody is. A key in the headers is no session."""
     if session_token(request):
         refuse_cross_site(request)
-    return answer(_shown(await root(request)[SESSIONS].find(session_token(request))))
+    return answer(_shown(await request.app[SESSIONS].find(session_token(request))))
 
 
 async def sign_out(request: web.Request) -> web.Response:
@@ -52,7 +52,7 @@ async def sign_out(request: web.Request) -> web.Response:
     if tokens:
         refuse_cross_site(request)
     for token in tokens:  # of two that differ one is ours, and it ends
-        await root(request)[SESSIONS].end(token)
+        await request.app[SESSIONS].end(token)
     response = web.Response(status=204, headers={hdrs.CACHE_CONTROL: "no-store"})
     _set_cookie(request, response, "", 0)
     return response

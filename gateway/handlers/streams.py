@@ -8,7 +8,7 @@ from gateway.resume import resume
 
 
 def routes() -> list[web.RouteDef]:
-    return [web.get("/streams/{id}", go_on, allow_head=False)]  # the answer is written by ourselves, body and all
+    return [web.get("/v1/streams/{id}", go_on, allow_head=False)]  # the answer is written by ourselves, body and all
 
 
 async def go_on(request: web.Request) -> web.StreamResponse:

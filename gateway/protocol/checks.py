@@ -173,18 +173,14 @@ def _check_messages(messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
         refuse("messages", "a non-empty array is required")
     for index, message in enumerate(messages):
-        if not _is_text(message):
+        is_text = (  # what most are, and nothing can be wrong with it
+            isinstance(message, dict)
+            and isinstance(message.get("content"), str)
+            and message.get("role") in ("system", "user", "assistant", "developer")
+            and message.get("tool_calls") is None
+        )
+        if not is_text:
             _check_message(f"messages[{index}]", message)
-
-
-def _is_text(message: Any) -> bool:
-    """What most are, and nothing can be wrong with it."""
-    return (
-        isinstance(message, dict)
-        and isinstance(message.get("content"), str)
-        and message.get("role") in ("system", "user", "assistant", "developer")
-        and message.get("tool_calls") is None
-    )
 
 
 def _check_message(where: str, message: Any) -> None:

@@ -32,6 +32,7 @@ class Meter:
         "_cut",
         "_framed",
         "_generated",
+        "_kept",
         "_pieces",
         "_prompt",
         "_prompt_counted",
@@ -43,8 +44,11 @@ class Meter:
         "usage",
     )
 
-    def __init__(self, prompt: Iterable[str], tokens: int = 0, *, framed: bool = True) -> None:
-        """`tokens` of the prompt came as such, beside its texts. `framed`: these are messages."""
+    def __init__(self, prompt: Iterable[str], tokens: int = 0, *, framed: bool = True, kept: int = KEPT) -> None:
+        """`tokens` of the prompt came as such, beside its texts. `framed`: these are messages.
+
+        `kept`: bytes of generated text; 0 where nobody knows the model's vocabulary, and nobody calls `to_count`.
+        """
         self._prompt = prompt  # read once, and only when it is needed
         self._prompt_tokens = tokens
         self._framed = framed
@@ -52,7 +56,8 @@ class Meter:
         self._prompt_counted: int | None = None  # tokens
         self._completion_counted: int | None = None  # tokens
         self._asked = False  # `to_count` has given what it has
-        self._generated = bytearray()  # the text that the model generated, at most KEPT of it, in UTF-8
+        self._kept = kept
+        self._generated = bytearray()  # the text that the model generated, at most `kept` of it, in UTF-8
         self._cut = False  # there was more
         self._characters = 0  # of all of it
         self._pieces = 0  # chunks with text in them
@@ -74,22 +79,20 @@ class Meter:
 
     def see_texts(self, texts: Sequence[str]) -> None:
         """As `see` of each of these chunks, which have text and nothing else."""
-        if texts and self.usage is not None:
-            for text in texts:
-                self.see(text, None, None)
-        else:
-            self._add("".join(texts), len(texts))
+        if texts and self.usage is not None and self.usage.completion_tokens is not None:
+            self.usage = replace(self.usage, completion_tokens=None)
+        self._add("".join(texts), len(texts))
 
     def _add(self, text: str, pieces: int) -> None:
         data = text.encode() if text.isascii() else text.encode("utf-8", "surrogatepass")
         self.bytes_out = size = self.bytes_out + len(data)
         self._characters = characters = self._characters + len(text)
         self._pieces = pieces = self._pieces + pieces
-        if size <= KEPT:
+        if size <= self._kept:
             self._generated += data
         elif not self._cut:
             self._cut = True
-            self._generated += text[: (KEPT - len(self._generated)) // 4].encode("utf-8", "surrogatepass")
+            self._generated += text[: (self._kept - len(self._generated)) // 4].encode("utf-8", "surrogatepass")
         self._seen = max(_estimate(size, characters), pieces)
 
     @property

@@ -97,17 +97,14 @@ def cost_micros(price: Price, usage: Counts) -> int:
     by the whole: a part never costs more tokens than there were.
     """
     prompt, completion = usage.prompt_tokens or 0, usage.completion_tokens or 0
-    cached = min(usage.cached_tokens, prompt)
-    written = min(usage.cache_write_tokens, prompt - cached)
-    reasoned = min(usage.reasoning_tokens, completion)
-    price = price.for_prompt(prompt)
-    pico = (
-        (prompt - cached - written) * price.input
-        + cached * price.cached_input
-        + written * price.cache_write
-        + (completion - reasoned) * price.output
-        + reasoned * price.reasoning
-    )
+    price = price.for_prompt(prompt) if price.tiers else price
+    pico = prompt * price.input + completion * price.output
+    if usage.cached_tokens or usage.cache_write_tokens:
+        cached = min(usage.cached_tokens, prompt)
+        written = min(usage.cache_write_tokens, prompt - cached)
+        pico += cached * (price.cached_input - price.input) + written * (price.cache_write - price.input)
+    if usage.reasoning_tokens:
+        pico += min(usage.reasoning_tokens, completion) * (price.reasoning - price.output)
     return (pico + PICO // 2) // PICO
 
 

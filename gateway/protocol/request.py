@@ -1,7 +1,6 @@
 """A request to a model as the client sent it, and what a dialect promises to make of it."""
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import orjson
@@ -50,7 +49,7 @@ class Call(Struct, frozen=True, gc=False):
     created: int  # seconds since the epoch
 
 
-class UpstreamRequest(NamedTuple):
+class UpstreamRequest(Struct, frozen=True, gc=False):
     """What to send: `path` is joined to the provider's base URL; the credential is added by `upstream`."""
 
     path: str
@@ -58,7 +57,7 @@ class UpstreamRequest(NamedTuple):
     headers: Mapping[str, str] = {}  # beside Content-Type and the provider's own
 
 
-class Chunk(NamedTuple):
+class Chunk(Struct, frozen=True, gc=False):
     """One step of a stream: bytes for the client, and what the meter reads from them."""
 
     data: bytes  # whole events, ready to send; b"" when the client must not see it
@@ -67,12 +66,7 @@ class Chunk(NamedTuple):
     finish_reason: str | None = None
 
 
-# The chunk of an event that is text and no more, from all four fields; in half the time, and there is one for every
-# token: a NamedTuple's own constructor is a function in Python.
-text_chunk: Callable[[tuple[bytes, str, None, None]], Chunk] = partial(tuple.__new__, Chunk)
-
-
-class Reply(NamedTuple):
+class Reply(Struct, frozen=True, gc=False):
     """A whole answer (`stream: false`)."""
 
     body: bytes
@@ -151,14 +145,8 @@ def parse_embedding(body: bytes) -> ModelRequest:
 
 def _checked(body: bytes, fields: Mapping[str, Any], kind: Kind) -> ModelRequest:
     options = fields.get("stream_options")
-    return ModelRequest(
-        body=body,
-        fields=fields,
-        model=fields["model"],
-        stream=fields.get("stream") or False,
-        wants_usage=bool(options and options.get("include_usage")),
-        kind=kind,
-    )
+    wants_usage = bool(options and options.get("include_usage"))
+    return ModelRequest(body, fields, fields["model"], fields.get("stream") or False, wants_usage, kind)
 
 
 # --- how long the answer may be -----------------------------------------------------------------------------------
@@ -181,7 +169,7 @@ def _choices(asked: ModelRequest) -> int:
 # --- the prompt ---------------------------------------------------------------------------------------------------
 
 
-class Prompt(NamedTuple):
+class Prompt(Struct, frozen=True):
     """What is counted when the provider gives no usage."""
 
     texts: Iterator[str]
@@ -198,7 +186,7 @@ def prompt_of(asked: ModelRequest) -> Prompt:
 
 
 def _chat_texts(asked: ModelRequest) -> Iterator[str]:
-    for message in asked.messages:
+    for message in asked.fields["messages"]:
         content = message.get("content")
         if isinstance(content, str):
             yield content

@@ -65,13 +65,15 @@ class Proofs(NamedTuple):
     principal: Principal
 
 
+# The budgets come as eight columns, and last: what an array of bigint is asyncpg would ask Postgres on each connection
+# before its first look-up, which then takes 10 ms instead of 2.
 _READ = """
 select k.id, k.digest, k.hash, k.revoked_at is not null as revoked, k.name, k.account_id, a.role, k.expires_at,
        coalesce(extract(epoch from k.expires_at - now())::double precision, 'infinity') as expires_in,
        k.requests_per_minute, k.requests_per_second, k.burst, k.concurrent_requests, k.allowed_models,
        k.drain_seconds, k.cache_ttl,
-       array[k.tokens_per_minute, k.tokens_per_day, k.cost_micros_per_day, k.cost_micros_per_month] as budget,
-       array[a.tokens_per_minute, a.tokens_per_day, a.cost_micros_per_day, a.cost_micros_per_month] as account_budget
+       k.tokens_per_minute, k.tokens_per_day, k.cost_micros_per_day, k.cost_micros_per_month,
+       a.tokens_per_minute, a.tokens_per_day, a.cost_micros_per_day, a.cost_micros_per_month
 from keys k join accounts a on a.id = k.account_id
 where k.id = any ($1::text[])
 """
@@ -95,8 +97,8 @@ def _proofs(row: asyncpg.Record) -> Proofs:
         burst=burst_of(row["requests_per_second"], row["burst"]),
         concurrent_requests=row["concurrent_requests"],
         allowed_models=tuple(row["allowed_models"]),
-        budget=Budget(*row["budget"]),
-        account_budget=Budget(*row["account_budget"]),
+        budget=Budget(*row[-8:-4]),
+        account_budget=Budget(*row[-4:]),
         cache_ttl=row["cache_ttl"],
         drain_seconds=row["drain_seconds"],
         expires_at=row["expires_at"],

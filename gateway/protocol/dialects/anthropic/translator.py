@@ -18,7 +18,7 @@ from gateway.protocol.dialects.anthropic.request import messages_body
 from gateway.protocol.dialects.anthropic.tools import offered_tools
 from gateway.protocol.errors import EventTooLarge, UpstreamBadBody, UpstreamError, UpstreamTruncated
 from gateway.protocol.refusals import refusal, reported
-from gateway.protocol.request import Call, Chunk, Reply, UpstreamRequest, text_chunk
+from gateway.protocol.request import Call, Chunk, Reply, UpstreamRequest
 from gateway.protocol.sse import MAX_EVENT, PING, Event, SSEDecoder, decode_event
 from gateway.protocol.usage import Usage
 from gateway.protocol.usual import Usual
@@ -39,7 +39,7 @@ class AnthropicTranslator:
         self._usual = Usual()  # the last delta, if nothing but deltas like it came since
         self._frame: Frame = ()  # of what the client gets for it
         self._error: UpstreamError | None = None  # raised by `flush`
-        self._done = False
+        self.done = False
         self._bad_events = 0
         self._message_id: str | None = None  # None: no message_start yet
         self._counts = Counts()
@@ -47,22 +47,18 @@ class AnthropicTranslator:
     def request(self) -> UpstreamRequest:
         return UpstreamRequest("/v1/messages", dump(messages_body(self._call.asked, self._call.target.model)))
 
-    @property
-    def done(self) -> bool:
-        return self._done
-
     def feed(self, data: bytes) -> list[Chunk]:
-        if self._done:
+        if self.done:
             return []
         if self._decoder.between and len(data) <= MAX_EVENT and (text := self._usual.text_of(_unpadded(data))):
-            return [self._usual_chunk(text)]  # one event: no literal has a line end in it
+            return [Chunk(orjson.dumps(text).join(self._frame), text)]  # one event: no literal has a line end in it
         self._chunks.out = chunks = []
         for raw in self._events(data):
             if text := self._usual.text_of(_unpadded(raw)):
-                chunks.append(self._usual_chunk(text))
+                chunks.append(Chunk(orjson.dumps(text).join(self._frame), text))
             else:
                 self._take(decode_event(raw))
-            if self._done:
+            if self.done:
                 return chunks
         if not self._decoder.between:
             self._events(b"")  # says whether what is held is too large, now that the good ones before it are out
@@ -70,22 +66,22 @@ class AnthropicTranslator:
 
     def flush(self) -> list[Chunk]:
         self._chunks.out = []
-        if not self._done and (rest := self._decoder.rest()):
+        if not self.done and (rest := self._decoder.rest()):
             # The last event may lack its blank line. When it is not whole it was cut, and is no bad event.
             event = decode_event(rest)
             self._dispatch(event, json_object(event.data))
         if self._error is not None:
             raise self._error
-        if not self._done and self._chunks.finish_reason is not None:
+        if not self.done and self._chunks.finish_reason is not None:
             self._message_stop({})  # all was said but the goodbye
-        if not self._done:
+        if not self.done:
             raise UpstreamTruncated("the provider's stream ended before its message_stop")
         return self._chunks.out
 
     def cut(self, usage: Usage) -> bytes:
-        if self._done and self._error is None:
+        if self.done and self._error is None:
             return b""
-        self._done = True
+        self.done = True
         self._chunks.out = []
         self._chunks.cut(usage)
         return b"".join(chunk.data for chunk in self._chunks.out)
@@ -104,9 +100,6 @@ class AnthropicTranslator:
         except EventTooLarge as error:
             self._fail(error)
             return []
-
-    def _usual_chunk(self, text: str) -> Chunk:
-        return text_chunk((orjson.dumps(text).join(self._frame), text, None, None))
 
     def _learn(self, raw: bytes, parsed: Json) -> None:
         delta = object_of(parsed, "delta")
@@ -216,7 +209,7 @@ class AnthropicTranslator:
         if self._chunks.finish_reason is None:
             self._chunks.finish(None, usage)
         self._chunks.end(usage)
-        self._done = True
+        self.done = True
 
     def _ping(self, event: Json) -> None:
         self._chunks.out.append(Chunk(PING))
@@ -225,7 +218,7 @@ class AnthropicTranslator:
         self._fail(reported(event, self._call.target))
 
     def _fail(self, error: UpstreamError) -> None:
-        self._error, self._done = error, True
+        self._error, self.done = error, True
 
 
 def _unpadded(raw: bytes) -> bytes:

@@ -34,7 +34,7 @@ from gateway.protocol.errors import (
     UpstreamTruncated,
 )
 from gateway.protocol.refusals import refusal, reported
-from gateway.protocol.request import Call, Chunk, Listed, Reply, UpstreamRequest, text_chunk
+from gateway.protocol.request import Call, Chunk, Listed, Reply, UpstreamRequest
 from gateway.protocol.sse import DONE, MAX_EVENT, data_event
 from gateway.protocol.usage import Usage
 from gateway.protocol.usual import Usual
@@ -59,7 +59,7 @@ class OllamaTranslator:
         self._bad_lines = 0
         self._tool_calls = 0  # seen so far: the index of the next one
         self._started = False  # the role was sent
-        self._done = False
+        self.done = False
         self._error: GatewayError | None = None
         self._head = dumps(self._constant(self.chunk))[:-1] + b',"choices":['
         self._tail = b'],"usage":null}' if call.asked.wants_usage else b"]}"
@@ -69,52 +69,45 @@ class OllamaTranslator:
         self._usual = Usual()
         self._frame: tuple[bytes, bytes] = (b"", b"")  # the client's event around the text of a usual line
 
-    @property
-    def done(self) -> bool:
-        return self._done
-
     def request(self) -> UpstreamRequest:
         return UpstreamRequest("/api/chat", build_body(self._call.asked, self._call.target.model))
 
     # --- a stream ---
 
     def feed(self, data: bytes) -> list[Chunk]:
-        if self._done:
+        if self.done:
             return []
         if not self._buffer and len(data) <= MAX_EVENT and (text := self._usual.text_of(data)):
-            return [self._usual_chunk(text)]  # one line: no literal has a line end in it
+            return [Chunk(orjson.dumps(text).join(self._frame), text)]  # one line: no literal has a line end in it
         chunks: list[Chunk] = []
         self._buffer += data
-        while not self._done and (end := self._buffer.find(b"\n", self._scan)) >= 0:
+        while not self.done and (end := self._buffer.find(b"\n", self._scan)) >= 0:
             line = bytes(self._buffer[: end + 1])
             del self._buffer[: end + 1]
             self._scan = 0
             if end <= MAX_EVENT and (text := self._usual.text_of(line)):
-                chunks.append(self._usual_chunk(text))
+                chunks.append(Chunk(orjson.dumps(text).join(self._frame), text))
             else:
                 chunks += self._take(line)
         self._scan = len(self._buffer)
-        if not self._done and self._scan > MAX_EVENT:
+        if not self.done and self._scan > MAX_EVENT:
             self._fail(_too_large())
         return chunks
 
     def flush(self) -> list[Chunk]:
         """As the protocol says. The text of a last line without `\\n` is given up when there is something to raise."""
-        chunks = [] if self._done else self._take_rest()
+        chunks = [] if self.done else self._take_rest()
         if self._error is not None:
             raise self._error
-        if not self._done:
+        if not self.done:
             raise UpstreamTruncated("the provider's stream ended before the answer did")
         return chunks
 
     def cut(self, usage: Usage) -> bytes:
-        if self._done and self._error is None:
+        if self.done and self._error is None:
             return b""
-        self._done = True
+        self.done = True
         return self._chunk(_NOTHING).data + self._end("length", usage)
-
-    def _usual_chunk(self, text: str) -> Chunk:
-        return text_chunk((orjson.dumps(text).join(self._frame), text, None, None))
 
     def _learn(self, raw: bytes, line: Mapping[str, Any], said: Said) -> None:
         """A usual line is text alone; the time in it differs, too."""
@@ -163,7 +156,7 @@ class OllamaTranslator:
             self._fail(_nothing_to_answer())
             return []
         chunk = self._last_chunk(line, said)
-        self._done = True
+        self.done = True
         return [chunk]
 
     def _chunk(self, said: Said) -> Chunk:
@@ -198,7 +191,7 @@ class OllamaTranslator:
         return data_event(self._head + b'{"index":0,' + self.delta + dumps(delta) + b"," + rest[1:] + self._tail)
 
     def _fail(self, error: GatewayError) -> None:
-        self._error, self._done = error, True
+        self._error, self.done = error, True
         self._buffer.clear()
 
     # --- a whole answer ---

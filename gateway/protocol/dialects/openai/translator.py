@@ -33,7 +33,7 @@ from gateway.protocol.errors import (
 )
 from gateway.protocol.json_object import read_json
 from gateway.protocol.refusals import refusal, reported
-from gateway.protocol.request import Call, Chunk, Reply, UpstreamRequest, text_chunk
+from gateway.protocol.request import Call, Chunk, Reply, UpstreamRequest
 from gateway.protocol.sse import DONE, MAX_EVENT, Event, SSEDecoder, data_event, decode_event
 from gateway.protocol.usage import Usage
 from gateway.protocol.usual import PROBE, Path, Usual
@@ -92,11 +92,7 @@ class OpenAITranslator:
         self._usage_sent = False  # in a chunk of its own
         self._bad_events = 0
         self._error: UpstreamError | None = None
-        self._done = False
-
-    @property
-    def done(self) -> bool:
-        return self._done
+        self.done = False
 
     def request(self) -> UpstreamRequest:
         return request(self._call, self._form.path)
@@ -104,18 +100,20 @@ class OpenAITranslator:
     # --- a stream ---
 
     def feed(self, data: bytes) -> list[Chunk]:
-        if self._done:
+        if self.done:
             return []
-        one_event = self._decoder.between and data.find(b"\n\n") == len(data) - 2 and len(data) <= MAX_EVENT
-        if one_event and (text := self._usual.text_of(data)):
-            return [self._usual_chunk(data, text)]
+        closed = self._decoder.between and data.endswith(b"\n\n") and len(data) <= MAX_EVENT
+        if closed and (text := self._usual.text_of(data)):
+            self._latest = self._usual_head
+            return [Chunk(data, text)]  # one event: no literal has a line end in it
         chunks: list[Chunk] = []
         for raw in self._events(data):
             if text := self._usual.text_of(raw):
-                chunks.append(self._usual_chunk(raw, text))
+                self._latest = self._usual_head
+                chunks.append(Chunk(raw, text))
             elif (chunk := self._take(decode_event(raw))) is not None:
                 chunks.append(chunk)
-            if self._done:
+            if self.done:
                 break
         return chunks
 
@@ -123,17 +121,17 @@ class OpenAITranslator:
         chunks = [*self.feed(b""), *self._take_rest()]
         if self._error is not None:
             raise self._error
-        if self._done:
+        if self.done:
             return chunks
         if not self._whole():
             raise UpstreamTruncated("the provider's stream ended before the answer did")
-        self._done = True
+        self.done = True
         return [*chunks, Chunk(DONE)]
 
     def cut(self, usage: Usage) -> bytes:
-        if self._done and self._error is None:
+        if self.done and self._error is None:
             return b""
-        self._done = True
+        self.done = True
         events = []
         if not self._choices:
             self._choices[0] = False
@@ -162,10 +160,6 @@ class OpenAITranslator:
             self._fail(error)
             return []
 
-    def _usual_chunk(self, raw: bytes, text: str) -> Chunk:
-        self._latest = self._usual_head
-        return text_chunk((raw, text, None, None))
-
     def _take(self, event: Event) -> Chunk | None:
         if event.stray is not None or event.name == "error":
             return self._fail(self._reported(json_or_text(event.stray or event.data or b"")))
@@ -176,7 +170,7 @@ class OpenAITranslator:
         if not data:
             return None  # the same empty string
         if data == _LAST_WORD:
-            self._done = True
+            self.done = True
             return Chunk(_sendable(event))
         parsed = read_json(data)
         if (error := error_in(parsed)) is not None:
@@ -226,7 +220,7 @@ class OpenAITranslator:
         raw = self._decoder.rest() + b"\n\n"
         event = decode_event(raw)
         whole = event.stray or (event.data and (event.data.strip() == _LAST_WORD or read_json(event.data) is not None))
-        chunk = self._take(event) if whole and not self._done else None
+        chunk = self._take(event) if whole and not self.done else None
         return [chunk] if chunk is not None else []
 
     def _whole(self) -> bool:
@@ -240,7 +234,7 @@ class OpenAITranslator:
 
     def _fail(self, error: UpstreamError, parsed: Any = None) -> Chunk | None:
         """Keep `error` for `flush`. OpenRouter's error chunk carries the usage that is billed for it."""
-        self._error, self._done = error, True
+        self._error, self.done = error, True
         usage = usage_of(parsed) if isinstance(parsed, dict) else None
         return Chunk(b"", usage=usage) if usage is not None else None
 
@@ -257,8 +251,10 @@ class OpenAITranslator:
         if not isinstance(parsed, dict) or not isinstance(parsed.get("choices"), list):
             raise UpstreamBadBody(f"the provider's answer is not {self._form.name}")
         choices = choices_of(parsed)
-        reasons = [reason for choice in choices if (reason := finish_reason_of(choice))]
-        return Reply(body, text_of(choices, self._form.message), usage_of(parsed), reasons[-1] if reasons else None)
+        finish_reason = None
+        for choice in choices:
+            finish_reason = finish_reason_of(choice) or finish_reason
+        return Reply(body, text_of(choices, self._form.message), usage_of(parsed), finish_reason)
 
     # --- errors ---
 
