@@ -56,8 +56,8 @@ CREATE FUNCTION public.fill_usage_rollups() RETURNS void
         sum(cost_micros), sum(unpriced), sum(latency_ms), sum(latency_count), sum(ttft_ms), sum(ttft_count),
         sum(remembered), sum(saved_tokens), sum(saved_micros)
     from (
-        select days.*, span, date_trunc(span, start, 'UTC') as beginning
-        from usage_rollups as days cross join (values ('day'), ('month')) as spans (span)
+        select days.*, span, usage_span_begin(span, start) as beginning
+        from usage_rollups as days cross join (values ('day'), ('pentad'), ('month')) as spans (span)
         where rollup = 'day_by_all'
     ) as days
     group by grouping sets (
@@ -114,6 +114,19 @@ end
 $$;
 
 COMMENT ON FUNCTION public.make_usage_partition(month date) IS 'Makes the partition of a month; false: it is there already.';
+
+CREATE FUNCTION public.usage_span_begin(span text, moment timestamp with time zone) RETURNS timestamp with time zone
+    LANGUAGE sql STABLE
+    AS $$
+    select case span
+        when 'pentad' then
+            date_trunc('month', moment, 'UTC')
+            + least((extract(day from moment at time zone 'UTC')::integer - 1) / 5, 5) * interval '120 hours'
+        else date_trunc(span, moment, 'UTC')
+    end
+$$;
+
+COMMENT ON FUNCTION public.usage_span_begin(span text, moment timestamp with time zone) IS 'Begin of the hour, day, pentad or month (UTC) that a moment is in. A pentad begins on the 1st, 6th, 11th, 16th, 21st or 26th.';
 
 CREATE AGGREGATE public.sum64(bigint) (
     SFUNC = int8pl,
@@ -453,7 +466,7 @@ COMMENT ON COLUMN public.usage_rollups.rollup IS 'Span and what is told apart: m
 
 COMMENT ON COLUMN public.usage_rollups.account_id IS 'Zero in the rollups by model: they are of all accounts together.';
 
-COMMENT ON COLUMN public.usage_rollups.start IS 'Begin of the hour, day or month (UTC) in which the requests arrived.';
+COMMENT ON COLUMN public.usage_rollups.start IS 'Begin of the hour, day, pentad or month (UTC) in which the requests arrived.';
 
 COMMENT ON COLUMN public.usage_rollups.requests IS 'This and all that follow: as in usage_hourly.';
 
@@ -873,6 +886,122 @@ CREATE TABLE public.usage_month_by_user (
 )
 WITH (fillfactor='70');
 
+CREATE TABLE public.usage_pentad_by_all (
+    rollup text CONSTRAINT usage_rollups_rollup_not_null NOT NULL,
+    account_id uuid CONSTRAINT usage_rollups_account_id_not_null NOT NULL,
+    start timestamp with time zone CONSTRAINT usage_rollups_start_not_null NOT NULL,
+    key_id text CONSTRAINT usage_rollups_key_id_not_null NOT NULL,
+    user_id text CONSTRAINT usage_rollups_user_id_not_null NOT NULL,
+    app_id text CONSTRAINT usage_rollups_app_id_not_null NOT NULL,
+    provider text CONSTRAINT usage_rollups_provider_not_null NOT NULL,
+    model text CONSTRAINT usage_rollups_model_not_null NOT NULL,
+    requests bigint CONSTRAINT usage_rollups_requests_not_null NOT NULL,
+    errors bigint CONSTRAINT usage_rollups_errors_not_null NOT NULL,
+    client_aborts bigint CONSTRAINT usage_rollups_client_aborts_not_null NOT NULL,
+    prompt_tokens bigint CONSTRAINT usage_rollups_prompt_tokens_not_null NOT NULL,
+    completion_tokens bigint CONSTRAINT usage_rollups_completion_tokens_not_null NOT NULL,
+    cached_tokens bigint CONSTRAINT usage_rollups_cached_tokens_not_null NOT NULL,
+    cache_write_tokens bigint CONSTRAINT usage_rollups_cache_write_tokens_not_null NOT NULL,
+    reasoning_tokens bigint CONSTRAINT usage_rollups_reasoning_tokens_not_null NOT NULL,
+    cost_micros bigint CONSTRAINT usage_rollups_cost_micros_not_null NOT NULL,
+    unpriced bigint CONSTRAINT usage_rollups_unpriced_not_null NOT NULL,
+    latency_ms bigint CONSTRAINT usage_rollups_latency_ms_not_null NOT NULL,
+    latency_count bigint CONSTRAINT usage_rollups_latency_count_not_null NOT NULL,
+    ttft_ms bigint CONSTRAINT usage_rollups_ttft_ms_not_null NOT NULL,
+    ttft_count bigint CONSTRAINT usage_rollups_ttft_count_not_null NOT NULL,
+    remembered bigint DEFAULT 0 CONSTRAINT usage_rollups_remembered_not_null NOT NULL,
+    saved_tokens bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_tokens_not_null NOT NULL,
+    saved_micros bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_micros_not_null NOT NULL
+)
+WITH (fillfactor='70');
+
+CREATE TABLE public.usage_pentad_by_key (
+    rollup text CONSTRAINT usage_rollups_rollup_not_null NOT NULL,
+    account_id uuid CONSTRAINT usage_rollups_account_id_not_null NOT NULL,
+    start timestamp with time zone CONSTRAINT usage_rollups_start_not_null NOT NULL,
+    key_id text CONSTRAINT usage_rollups_key_id_not_null NOT NULL,
+    user_id text CONSTRAINT usage_rollups_user_id_not_null NOT NULL,
+    app_id text CONSTRAINT usage_rollups_app_id_not_null NOT NULL,
+    provider text CONSTRAINT usage_rollups_provider_not_null NOT NULL,
+    model text CONSTRAINT usage_rollups_model_not_null NOT NULL,
+    requests bigint CONSTRAINT usage_rollups_requests_not_null NOT NULL,
+    errors bigint CONSTRAINT usage_rollups_errors_not_null NOT NULL,
+    client_aborts bigint CONSTRAINT usage_rollups_client_aborts_not_null NOT NULL,
+    prompt_tokens bigint CONSTRAINT usage_rollups_prompt_tokens_not_null NOT NULL,
+    completion_tokens bigint CONSTRAINT usage_rollups_completion_tokens_not_null NOT NULL,
+    cached_tokens bigint CONSTRAINT usage_rollups_cached_tokens_not_null NOT NULL,
+    cache_write_tokens bigint CONSTRAINT usage_rollups_cache_write_tokens_not_null NOT NULL,
+    reasoning_tokens bigint CONSTRAINT usage_rollups_reasoning_tokens_not_null NOT NULL,
+    cost_micros bigint CONSTRAINT usage_rollups_cost_micros_not_null NOT NULL,
+    unpriced bigint CONSTRAINT usage_rollups_unpriced_not_null NOT NULL,
+    latency_ms bigint CONSTRAINT usage_rollups_latency_ms_not_null NOT NULL,
+    latency_count bigint CONSTRAINT usage_rollups_latency_count_not_null NOT NULL,
+    ttft_ms bigint CONSTRAINT usage_rollups_ttft_ms_not_null NOT NULL,
+    ttft_count bigint CONSTRAINT usage_rollups_ttft_count_not_null NOT NULL,
+    remembered bigint DEFAULT 0 CONSTRAINT usage_rollups_remembered_not_null NOT NULL,
+    saved_tokens bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_tokens_not_null NOT NULL,
+    saved_micros bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_micros_not_null NOT NULL
+)
+WITH (fillfactor='70');
+
+CREATE TABLE public.usage_pentad_by_model (
+    rollup text CONSTRAINT usage_rollups_rollup_not_null NOT NULL,
+    account_id uuid CONSTRAINT usage_rollups_account_id_not_null NOT NULL,
+    start timestamp with time zone CONSTRAINT usage_rollups_start_not_null NOT NULL,
+    key_id text CONSTRAINT usage_rollups_key_id_not_null NOT NULL,
+    user_id text CONSTRAINT usage_rollups_user_id_not_null NOT NULL,
+    app_id text CONSTRAINT usage_rollups_app_id_not_null NOT NULL,
+    provider text CONSTRAINT usage_rollups_provider_not_null NOT NULL,
+    model text CONSTRAINT usage_rollups_model_not_null NOT NULL,
+    requests bigint CONSTRAINT usage_rollups_requests_not_null NOT NULL,
+    errors bigint CONSTRAINT usage_rollups_errors_not_null NOT NULL,
+    client_aborts bigint CONSTRAINT usage_rollups_client_aborts_not_null NOT NULL,
+    prompt_tokens bigint CONSTRAINT usage_rollups_prompt_tokens_not_null NOT NULL,
+    completion_tokens bigint CONSTRAINT usage_rollups_completion_tokens_not_null NOT NULL,
+    cached_tokens bigint CONSTRAINT usage_rollups_cached_tokens_not_null NOT NULL,
+    cache_write_tokens bigint CONSTRAINT usage_rollups_cache_write_tokens_not_null NOT NULL,
+    reasoning_tokens bigint CONSTRAINT usage_rollups_reasoning_tokens_not_null NOT NULL,
+    cost_micros bigint CONSTRAINT usage_rollups_cost_micros_not_null NOT NULL,
+    unpriced bigint CONSTRAINT usage_rollups_unpriced_not_null NOT NULL,
+    latency_ms bigint CONSTRAINT usage_rollups_latency_ms_not_null NOT NULL,
+    latency_count bigint CONSTRAINT usage_rollups_latency_count_not_null NOT NULL,
+    ttft_ms bigint CONSTRAINT usage_rollups_ttft_ms_not_null NOT NULL,
+    ttft_count bigint CONSTRAINT usage_rollups_ttft_count_not_null NOT NULL,
+    remembered bigint DEFAULT 0 CONSTRAINT usage_rollups_remembered_not_null NOT NULL,
+    saved_tokens bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_tokens_not_null NOT NULL,
+    saved_micros bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_micros_not_null NOT NULL
+)
+WITH (fillfactor='70');
+
+CREATE TABLE public.usage_pentad_by_user (
+    rollup text CONSTRAINT usage_rollups_rollup_not_null NOT NULL,
+    account_id uuid CONSTRAINT usage_rollups_account_id_not_null NOT NULL,
+    start timestamp with time zone CONSTRAINT usage_rollups_start_not_null NOT NULL,
+    key_id text CONSTRAINT usage_rollups_key_id_not_null NOT NULL,
+    user_id text CONSTRAINT usage_rollups_user_id_not_null NOT NULL,
+    app_id text CONSTRAINT usage_rollups_app_id_not_null NOT NULL,
+    provider text CONSTRAINT usage_rollups_provider_not_null NOT NULL,
+    model text CONSTRAINT usage_rollups_model_not_null NOT NULL,
+    requests bigint CONSTRAINT usage_rollups_requests_not_null NOT NULL,
+    errors bigint CONSTRAINT usage_rollups_errors_not_null NOT NULL,
+    client_aborts bigint CONSTRAINT usage_rollups_client_aborts_not_null NOT NULL,
+    prompt_tokens bigint CONSTRAINT usage_rollups_prompt_tokens_not_null NOT NULL,
+    completion_tokens bigint CONSTRAINT usage_rollups_completion_tokens_not_null NOT NULL,
+    cached_tokens bigint CONSTRAINT usage_rollups_cached_tokens_not_null NOT NULL,
+    cache_write_tokens bigint CONSTRAINT usage_rollups_cache_write_tokens_not_null NOT NULL,
+    reasoning_tokens bigint CONSTRAINT usage_rollups_reasoning_tokens_not_null NOT NULL,
+    cost_micros bigint CONSTRAINT usage_rollups_cost_micros_not_null NOT NULL,
+    unpriced bigint CONSTRAINT usage_rollups_unpriced_not_null NOT NULL,
+    latency_ms bigint CONSTRAINT usage_rollups_latency_ms_not_null NOT NULL,
+    latency_count bigint CONSTRAINT usage_rollups_latency_count_not_null NOT NULL,
+    ttft_ms bigint CONSTRAINT usage_rollups_ttft_ms_not_null NOT NULL,
+    ttft_count bigint CONSTRAINT usage_rollups_ttft_count_not_null NOT NULL,
+    remembered bigint DEFAULT 0 CONSTRAINT usage_rollups_remembered_not_null NOT NULL,
+    saved_tokens bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_tokens_not_null NOT NULL,
+    saved_micros bigint DEFAULT 0 CONSTRAINT usage_rollups_saved_micros_not_null NOT NULL
+)
+WITH (fillfactor='70');
+
 ALTER TABLE ONLY public.usage_rollups ATTACH PARTITION public.usage_day_by_all FOR VALUES IN ('day_by_all');
 
 ALTER TABLE ONLY public.usage_rollups ATTACH PARTITION public.usage_day_by_key FOR VALUES IN ('day_by_key');
@@ -892,6 +1021,14 @@ ALTER TABLE ONLY public.usage_rollups ATTACH PARTITION public.usage_month_by_key
 ALTER TABLE ONLY public.usage_rollups ATTACH PARTITION public.usage_month_by_model FOR VALUES IN ('month_by_model');
 
 ALTER TABLE ONLY public.usage_rollups ATTACH PARTITION public.usage_month_by_user FOR VALUES IN ('month_by_user');
+
+ALTER TABLE ONLY public.usage_rollups ATTACH PARTITION public.usage_pentad_by_all FOR VALUES IN ('pentad_by_all');
+
+ALTER TABLE ONLY public.usage_rollups ATTACH PARTITION public.usage_pentad_by_key FOR VALUES IN ('pentad_by_key');
+
+ALTER TABLE ONLY public.usage_rollups ATTACH PARTITION public.usage_pentad_by_model FOR VALUES IN ('pentad_by_model');
+
+ALTER TABLE ONLY public.usage_rollups ATTACH PARTITION public.usage_pentad_by_user FOR VALUES IN ('pentad_by_user');
 
 ALTER TABLE public.accounts
     ADD CONSTRAINT accounts_cost_check CHECK (((cost_micros_per_day >= 0) AND (cost_micros_per_month >= 0))) NOT VALID;
@@ -980,6 +1117,18 @@ ALTER TABLE ONLY public.usage_month_by_model
 ALTER TABLE ONLY public.usage_month_by_user
     ADD CONSTRAINT usage_month_by_user_pkey PRIMARY KEY (rollup, account_id, start, key_id, user_id, app_id, provider, model);
 
+ALTER TABLE ONLY public.usage_pentad_by_all
+    ADD CONSTRAINT usage_pentad_by_all_pkey PRIMARY KEY (rollup, account_id, start, key_id, user_id, app_id, provider, model);
+
+ALTER TABLE ONLY public.usage_pentad_by_key
+    ADD CONSTRAINT usage_pentad_by_key_pkey PRIMARY KEY (rollup, account_id, start, key_id, user_id, app_id, provider, model);
+
+ALTER TABLE ONLY public.usage_pentad_by_model
+    ADD CONSTRAINT usage_pentad_by_model_pkey PRIMARY KEY (rollup, account_id, start, key_id, user_id, app_id, provider, model);
+
+ALTER TABLE ONLY public.usage_pentad_by_user
+    ADD CONSTRAINT usage_pentad_by_user_pkey PRIMARY KEY (rollup, account_id, start, key_id, user_id, app_id, provider, model);
+
 ALTER TABLE public.usage
     ADD CONSTRAINT usage_usage_source_check CHECK ((usage_source = ANY (ARRAY['provider'::text, 'counted'::text, 'estimated'::text, 'none'::text]))) NOT VALID;
 
@@ -1051,6 +1200,22 @@ CREATE INDEX usage_month_by_user_start_idx ON public.usage_month_by_user USING b
 
 CREATE INDEX usage_month_by_user_user_id ON public.usage_month_by_user USING btree (user_id, start);
 
+CREATE INDEX usage_pentad_by_all_key_id ON public.usage_pentad_by_all USING btree (key_id, start);
+
+CREATE INDEX usage_pentad_by_all_start_idx ON public.usage_pentad_by_all USING btree (start);
+
+CREATE INDEX usage_pentad_by_all_user_id ON public.usage_pentad_by_all USING btree (user_id, start);
+
+CREATE INDEX usage_pentad_by_key_key_id ON public.usage_pentad_by_key USING btree (key_id, start);
+
+CREATE INDEX usage_pentad_by_key_start_idx ON public.usage_pentad_by_key USING btree (start);
+
+CREATE INDEX usage_pentad_by_model_start_idx ON public.usage_pentad_by_model USING btree (start);
+
+CREATE INDEX usage_pentad_by_user_start_idx ON public.usage_pentad_by_user USING btree (start);
+
+CREATE INDEX usage_pentad_by_user_user_id ON public.usage_pentad_by_user USING btree (user_id, start);
+
 ALTER INDEX public.usage_rollups_pkey ATTACH PARTITION public.usage_day_by_all_pkey;
 
 ALTER INDEX public.usage_rollups_start ATTACH PARTITION public.usage_day_by_all_start_idx;
@@ -1094,6 +1259,22 @@ ALTER INDEX public.usage_rollups_start ATTACH PARTITION public.usage_month_by_mo
 ALTER INDEX public.usage_rollups_pkey ATTACH PARTITION public.usage_month_by_user_pkey;
 
 ALTER INDEX public.usage_rollups_start ATTACH PARTITION public.usage_month_by_user_start_idx;
+
+ALTER INDEX public.usage_rollups_pkey ATTACH PARTITION public.usage_pentad_by_all_pkey;
+
+ALTER INDEX public.usage_rollups_start ATTACH PARTITION public.usage_pentad_by_all_start_idx;
+
+ALTER INDEX public.usage_rollups_pkey ATTACH PARTITION public.usage_pentad_by_key_pkey;
+
+ALTER INDEX public.usage_rollups_start ATTACH PARTITION public.usage_pentad_by_key_start_idx;
+
+ALTER INDEX public.usage_rollups_pkey ATTACH PARTITION public.usage_pentad_by_model_pkey;
+
+ALTER INDEX public.usage_rollups_start ATTACH PARTITION public.usage_pentad_by_model_start_idx;
+
+ALTER INDEX public.usage_rollups_pkey ATTACH PARTITION public.usage_pentad_by_user_pkey;
+
+ALTER INDEX public.usage_rollups_start ATTACH PARTITION public.usage_pentad_by_user_start_idx;
 
 ALTER TABLE ONLY public.answers
     ADD CONSTRAINT answers_account_id_fkey FOREIGN KEY (account_id) REFERENCES public.accounts(id) ON DELETE CASCADE;

@@ -9,12 +9,13 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from uuid import UUID
 from weakref import WeakValueDictionary
 
 from gateway.protocol.errors import NotFound, Unavailable
 from gateway.stores.postgres import Connection, Pool, connection
-from gateway.stores.sums import MAX_PIECES, SPANS, Piece, begin_of, pieces
+from gateway.stores.sums import SPANS, Piece, begin_of, pieces
 from gateway.stores.usage import UsageRow
 
 QUERY_TIMEOUT = 5.0  # seconds for one statement of a question
@@ -26,7 +27,6 @@ TOP_MODELS = 10
 HOUR = timedelta(hours=1)
 
 GROUP_BY = ("user", "app", "model", "provider", "key", "day", "hour")
-MANY = ("user", "key")  # groups that there may be thousands of
 # How far back from the end of the range a series goes. OpenAI's has 168 hours or 31 days at most:
 # https://platform.openai.com/docs/api-reference/usage
 SERIES = {"day": timedelta(days=366), "hour": timedelta(days=7)}
@@ -220,14 +220,12 @@ async def count_since(reader: Connection, scope: Scope, begin: datetime, as_of: 
 
 async def _groups(reader: Connection, scope: Scope, group_by: str, as_of: datetime) -> list[Figures]:
     begin, end = scope.moments(as_of)
-    if group_by not in SERIES:
-        found = await _figures(reader, scope, group_by, pieces(begin, end, as_of), MAX_GROUPS)
-    else:
+    spans: Sequence[str] = SPANS
+    if group_by in SERIES:
         oldest = begin_of((end or as_of) - SERIES[group_by], group_by)
         begin = max(begin or oldest, oldest)
         spans = SPANS[: SPANS.index(group_by) + 1]
-        found = await _figures(reader, scope, group_by, pieces(begin, end, as_of, spans), MAX_GROUPS)
-    return found[1:]
+    return await _figures(reader, scope, group_by, pieces(begin, end, as_of, spans), MAX_GROUPS, whole=False)
 
 
 # A tenant's rows alone, whatever is asked of them: the first six parameters of every question are `Scope.filters`.
@@ -240,100 +238,85 @@ and ($5::text is null or provider = $5)
 and ($6::text is null or key_id = $6)
 """
 
-_NAME = """
-        case $7::text
-            when 'user' then user_id when 'app' then app_id when 'model' then model
-            when 'provider' then provider when 'key' then key_id else ''
-        end"""
+_NAMED = """
+    case $7::text
+        when 'user' then user_id when 'app' then app_id when 'model' then model
+        when 'provider' then provider when 'key' then key_id else ''
+    end as name,
+    case when $7 in ('day', 'hour') then date_trunc($7, start, 'UTC') end as moment"""
 
-# A piece by itself: its source and its times are known when it is planned, so it is read by its own index, of one
-# partition, and by several processes where that is quicker. As a join the pieces would be looked for in all there is.
+_SUMS = (
+    "requests", "errors", "client_aborts", "prompt_tokens", "completion_tokens", "cached_tokens", "cache_write_tokens",
+    "reasoning_tokens", "cost_micros", "unpriced", "latency_ms", "latency_count", "ttft_ms", "ttft_count", "remembered",
+    "saved_tokens", "saved_micros",
+)  # fmt: skip
+
+# Its source and its times are known when it is planned, so each piece is read by its own index, of one partition. As a
+# join the pieces would be looked for in all there is.
 _CELLS = (
     """
     from usage_cells
     where source = ($8::text[])[#]
-      and start >= coalesce(($10::timestamptz[])[#], '-infinity')
-      and start < coalesce(($11::timestamptz[])[#], 'infinity')
+      and start >= coalesce(($9::timestamptz[])[#], '-infinity')
+      and start < coalesce(($10::timestamptz[])[#], 'infinity')
       and """
     + IN_SCOPE
 )
 
-_REQUESTS = (
-    "select ($9::bigint[])[#] as sign, sum64(requests) as requests," + _NAME + " as name" + _CELLS + "group by name"
+# All pieces are added up at once, by several processes where that is quicker: they can do one `group by` alone.
+_NAMES = """
+), named as (
+    select name, moment, %(added)s from cells group by name, moment
 )
+"""
 
-_SUMS = (
-    """
-    select
-        ($9::bigint[])[#] as sign,
-        sum64(requests) as requests, sum64(errors) as errors, sum64(client_aborts) as client_aborts,
-        sum64(prompt_tokens) as prompt_tokens, sum64(completion_tokens) as completion_tokens,
-        sum64(cached_tokens) as cached_tokens, sum64(cache_write_tokens) as cache_write_tokens,
-        sum64(reasoning_tokens) as reasoning_tokens,
-        sum64(cost_micros) as cost_micros, sum64(unpriced) as unpriced,
-        sum64(latency_ms) as latency_ms, sum64(latency_count) as latency_count,
-        sum64(ttft_ms) as ttft_ms, sum64(ttft_count) as ttft_count,
-        sum64(remembered) as remembered, sum64(saved_tokens) as saved_tokens, sum64(saved_micros) as saved_micros,
-        case when $7 in ('day', 'hour') then date_trunc($7, start, 'UTC') end as moment,"""
-    + _NAME
-    + " as name"
-    + _CELLS
-    + "and ($13::text[] is null or"
-    + _NAME
-    + """ in (select unnest($13))) -- hashed; an index would be searched for each
-    group by name, moment"""
-)
+_WHOLE = "select true as whole, '' as name, null::timestamptz as moment, %(added)s from named"
 
-_MOST = """
-)
-select name from parts group by name having sum64(sign * requests) <> 0
-order by sum64(sign * requests) desc, name
-limit $12
+_GROUPS = """
+    select false as whole, name, moment, %(figures)s from named where requests <> 0
+    order by moment, requests desc, name
+    limit $11
 """
 
 _TOLD = """
-)
 select
     coalesce(to_char(moment at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"'), name, ''),
-    coalesce(sum64(sign * requests), 0) as requests, coalesce(sum64(sign * errors), 0),
-    coalesce(sum64(sign * client_aborts), 0),
-    coalesce(sum64(sign * prompt_tokens), 0), coalesce(sum64(sign * completion_tokens), 0),
-    coalesce(sum64(sign * cached_tokens), 0), coalesce(sum64(sign * cache_write_tokens), 0),
-    coalesce(sum64(sign * reasoning_tokens), 0),
-    coalesce(sum64(sign * cost_micros), 0), coalesce(sum64(sign * unpriced), 0),
-    coalesce(sum64(sign * remembered), 0),
-    coalesce(sum64(sign * saved_tokens), 0), coalesce(sum64(sign * saved_micros), 0),
-    (sum64(sign * latency_ms)::numeric / nullif(sum64(sign * latency_count), 0))::float8,
-    (sum64(sign * ttft_ms)::numeric / nullif(sum64(sign * ttft_count), 0))::float8
-from parts
-group by grouping sets ((), (name, moment))
-having grouping(name) = 1 or sum64(sign * requests) <> 0
-order by grouping(name) desc, moment, requests desc, name
-limit $12
+    coalesce(requests, 0), coalesce(errors, 0), coalesce(client_aborts, 0),
+    coalesce(prompt_tokens, 0), coalesce(completion_tokens, 0), coalesce(cached_tokens, 0),
+    coalesce(cache_write_tokens, 0), coalesce(reasoning_tokens, 0),
+    coalesce(cost_micros, 0), coalesce(unpriced, 0), coalesce(remembered, 0),
+    coalesce(saved_tokens, 0), coalesce(saved_micros, 0),
+    (latency_ms::numeric / nullif(latency_count, 0))::float8,
+    (ttft_ms::numeric / nullif(ttft_count, 0))::float8
+from told
+order by whole desc, moment, told.requests desc, told.name
 """
 
 
-def _by_pieces(part: str, whole: str) -> dict[int, str]:
-    """The statement for each number of pieces."""
-    parts = [part.replace("#", str(number)) for number in range(1, MAX_PIECES + 1)]
-    return {count: "with parts as (" + " union all ".join(parts[:count]) + whole for count in range(1, MAX_PIECES + 1)}
+@lru_cache(maxsize=64)
+def _statement(signs: Sequence[int], whole: bool) -> str:
+    """For a range of so many pieces, of which some are taken away."""
+    cells = [
+        f"select {_NAMED}, {', '.join('-' * (sign < 0) + f'{one} as {one}' for one in _SUMS)}"
+        + _CELLS.replace("#", str(number))
+        for number, sign in enumerate(signs, 1)
+    ]
+    told = f"{_WHOLE} union all ({_GROUPS})" if whole else _GROUPS
+    summed = {"added": ", ".join(f"sum64({one}) as {one}" for one in _SUMS), "figures": ", ".join(_SUMS)}
+    return "with cells as (" + " union all ".join(cells) + f"{_NAMES}, told as ({told})" % summed + _TOLD
 
 
-_BUSIEST = _by_pieces(_REQUESTS, _MOST)  # of thousands of groups these are told: only their figures are all added up
-_FIGURES = _by_pieces(_SUMS, _TOLD)
-
-
-async def _figures(reader: Connection, scope: Scope, group_by: str, asked: Sequence[Piece], most: int) -> list[Figures]:
-    """First of all that is in `scope`, whose range `asked` is; then of its groups, at most so many, busiest first or
-    in the order of time. Of MANY groups the first may be of those told alone."""
+async def _figures(
+    reader: Connection, scope: Scope, group_by: str, asked: Sequence[Piece], most: int, *, whole: bool = True
+) -> list[Figures]:
+    """Of all that is in `scope`, whose range `asked` is, unless `whole` is not wanted: thousands of groups take a tenth
+    less without it. Then of its groups, at most so many, busiest first or in the order of time."""
     kept = scope.needs(group_by)
     _, signs, begins, ends = zip(*asked, strict=True)
-    question = (*scope.filters, group_by, [_source(piece.span, kept) for piece in asked], signs, begins, ends)
-    names = None
-    if group_by in MANY and kept != "all":  # a filter leaves fewer groups than cells: once is quicker than twice
-        busiest = await reader.fetch(_BUSIEST[len(asked)], *question, most, timeout=QUERY_TIMEOUT)
-        names = [row[0] for row in busiest]
-    rows = await reader.fetch(_FIGURES[len(asked)], *question, most + 1, names, timeout=QUERY_TIMEOUT)
+    sources = [_source(piece.span, kept) for piece in asked]
+    rows = await reader.fetch(
+        _statement(signs, whole), *scope.filters, group_by, sources, begins, ends, most, timeout=QUERY_TIMEOUT
+    )
     return [Figures(*row) for row in rows]
 
 

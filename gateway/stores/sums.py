@@ -2,7 +2,7 @@
 
 `usage_hourly` tells everything apart; the cells of `usage_rollups` are fewer, because they are of a longer span or tell
 less apart. A question reads the smallest that knows what it names, and of it few cells: a range is whole months, and at
-its ragged ends days, hours and single rows that are added or taken away.
+its ragged ends pentads (five days), days, hours and single rows that are added or taken away.
 """
 
 from collections.abc import Sequence
@@ -87,8 +87,8 @@ rolled as (
         sum(cost_micros), sum(unpriced), sum(latency_ms), sum(latency_count), sum(ttft_ms), sum(ttft_count),
         sum(remembered), sum(saved_tokens), sum(saved_micros)
     from (
-        select hours.*, span, date_trunc(span, hour, 'UTC') as start
-        from hours cross join (values ('hour'), ('day'), ('month')) as spans (span)
+        select hours.*, span, usage_span_begin(span, hour) as start
+        from hours cross join (values ('hour'), ('day'), ('pentad'), ('month')) as spans (span)
     ) as spanned
     group by grouping sets (
         (span, start, app_id, provider, model),
@@ -113,7 +113,7 @@ rolled as (
 class Piece(NamedTuple):
     """Of one end of a range: cells of one span, or rows, that begin in [begin, end)."""
 
-    span: str  # row, hour, day, month
+    span: str  # of SPANS
     sign: int  # -1: they are taken away
     begin: datetime | None  # None: from the first
     end: datetime | None  # None: to the last
@@ -134,27 +134,32 @@ def pieces(begin: datetime | None, end: datetime | None, now: datetime, spans: S
     return [Piece(span, 1, begin, end)]
 
 
-SPANS = ("row", "hour", "day", "month")
-MAX_PIECES = 2 * len(SPANS) - 1  # two ends of each span, and the middle
+SPANS = ("row", "hour", "day", "pentad", "month")
 
 
 def nearest(moment: datetime, span: str) -> datetime:
-    """The begin of an hour, day or month (UTC) that is nearest."""
+    """The begin of an hour, day, pentad or month (UTC) that is nearest."""
     before = begin_of(moment, span)
     after = begin_of(before + _LONGEST[span], span)
     return before if moment - before <= after - moment else after
 
 
 def begin_of(moment: datetime, span: str) -> datetime:
-    """Of the hour, day or month (UTC) that it is in."""
+    """Of the hour, day, pentad or month (UTC) that it is in."""
     moment = moment.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
     if span == "hour":
         return moment
-    return moment.replace(hour=0) if span == "day" else moment.replace(hour=0, day=1)
+    day = {"day": moment.day, "pentad": min(moment.day - 1, 25) // 5 * 5 + 1, "month": 1}[span]
+    return moment.replace(hour=0, day=day)
 
 
 # One of these after its begin the next one has begun, and not the one after that.
-_LONGEST = {"hour": timedelta(hours=1), "day": timedelta(days=1), "month": timedelta(days=31)}
+_LONGEST = {
+    "hour": timedelta(hours=1),
+    "day": timedelta(days=1),
+    "pentad": timedelta(days=6),  # the last of a month, of three to six days
+    "month": timedelta(days=31),
+}
 
 
 def _between(moment: datetime | None, border: datetime | None) -> timedelta:

@@ -1,11 +1,15 @@
 """Fills a database with usage as a busy deployment has it, and times every kind of question of `/api/stats`.
 
 `make prove-stats` does it with ten million rows of two months, in a folder of its own, and prints the times of each kind
-beside those of a yardstick. It fails when one takes longer than MOST.
+beside those of a yardstick. It fails when one takes longer than MOST. Its Postgres is set up for
+this machine, as one with so much data is: a quarter of the memory for its buffers
+(https://www.postgresql.org/docs/current/runtime-config-resource.html), and for a question as many processes as there
+are cores. The embedded one reads such tables anew each time, and takes up to a third longer.
 """
 
 import argparse
 import asyncio
+import os
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -16,6 +20,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import asyncpg
 
@@ -212,7 +217,8 @@ def _again(record: asyncpg.Record) -> UsageRow:
 @asynccontextmanager
 async def _database(folder: Path) -> AsyncIterator[asyncpg.Pool]:
     servers = Embedded(folder, postgres=True, redis=False)
-    await asyncio.to_thread(servers.start)
+    with patch.dict("gateway.embedded._POSTGRES_OPTIONS", _set_up()):
+        await asyncio.to_thread(servers.start)
     try:
         await asyncio.to_thread(switch_off_fsync, servers.database_url)
         await migrate(servers.database_url)
@@ -220,6 +226,12 @@ async def _database(folder: Path) -> AsyncIterator[asyncpg.Pool]:
             yield pool
     finally:
         await asyncio.to_thread(servers.stop)
+
+
+def _set_up() -> dict[str, str]:
+    quarter = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 22  # 2^20 bytes
+    workers = max(1, (os.cpu_count() or 1) - 1)
+    return {"shared_buffers": f"{quarter}MB", "max_parallel_workers_per_gather": f"{workers}"}
 
 
 async def _prove(folder: Path, rows: int, times: int) -> bool:

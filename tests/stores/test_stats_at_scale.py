@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from gateway.exchange import new_id
 from gateway.stores.ledger import drop_months, write_rows
 from gateway.stores.stats import _ROWS, GROUP_BY, Figures, Scope, read_stats
-from gateway.stores.sums import MAX_PIECES, SPANS, begin_of, pieces
+from gateway.stores.sums import SPANS, begin_of, pieces
 from tests.prove.stats_at_scale import ACCOUNT, DAYS, FILTERS, MOST, Question, ask, fill, questions, yardstick
 from tests.support.journal_writer import begun, row
 from tests.support.stores import Databases
@@ -157,7 +157,7 @@ def test_the_pieces_of_a_range_cover_it_once_and_nothing_else(
     begin = now - age if age is not None else None
     end = (begin or now) + length if length is not None else None
     made = pieces(begin, end, now, SPANS[:spans])
-    assert 1 <= len(made) <= MAX_PIECES
+    assert 1 <= len(made) <= 2 * spans - 1, "the middle, and two ends of each span but the longest"
     for piece in made:
         for border in (piece.begin, piece.end):
             assert piece.span == "row" or border is None or begin_of(border, piece.span) == border
@@ -171,6 +171,20 @@ def test_the_pieces_of_a_range_cover_it_once_and_nothing_else(
         if (piece.begin is None or piece.begin <= moment) and (piece.end is None or moment < piece.end)
     )
     assert covered == ((begin is None or begin <= moment) and (end is None or moment < end))
+
+
+@pytest.mark.parametrize("time_zone", ["UTC", "America/New_York"])
+async def test_postgres_begins_a_span_where_we_do(pool: asyncpg.Pool, time_zone: str) -> None:
+    """Also where an administrator's own time zone has an hour less this month."""
+    first = datetime(2023, 12, 31, 23, 59, 59, 999999, tzinfo=UTC)
+    moments = [first + step * timedelta(hours=1, microseconds=1) for step in range(430 * 24)]  # a leap year's February
+    async with pool.acquire() as connection:
+        await connection.execute(f"set time zone '{time_zone}'")
+        for span in SPANS[1:]:
+            told = await connection.fetch("select usage_span_begin($1, unnest($2::timestamptz[]))", span, moments)
+            assert [begin for (begin,) in told] == [begin_of(moment, span) for moment in moments]
+        await connection.execute("reset time zone")
+    assert {begin_of(moment, "pentad").day for moment in moments} == {1, 6, 11, 16, 21, 26}
 
 
 # --- written ------------------------------------------------------------------------------------------------------
@@ -197,8 +211,7 @@ async def test_rollups_move_with_the_rows_and_are_what_they_would_be_made_anew(p
     await pool.execute("select fill_usage_rollups()")
     assert moved == {tuple(cell) for cell in await pool.fetch(_ROLLUPS)}
     assert {cell[0] for cell in moved} == {
-        "hour_by_model", "day_by_model", "month_by_model", "day_by_key", "month_by_key", "day_by_user", "month_by_user",
-        "day_by_all", "month_by_all",
+        "hour_by_model", *(f"{span}_by_{kept}" for span in SPANS[2:] for kept in ("model", "key", "user", "all"))
     }  # fmt: skip
     stats = await read_stats(pool, Scope(None), "user")
     assert {(group.name, group.requests) for group in stats.groups} >= {("end", 50)}
