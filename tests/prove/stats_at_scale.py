@@ -4,7 +4,7 @@
 beside those of a yardstick. It fails when one takes longer than MOST. Its Postgres is set up for
 this machine, as one with so much data is: a quarter of the memory for its buffers
 (https://www.postgresql.org/docs/current/runtime-config-resource.html), and for a question as many processes as there
-are cores. The embedded one reads such tables anew each time, and takes up to a third longer.
+are cores. The embedded one reads such tables anew each time, and takes up to half as long again.
 """
 
 import argparse
