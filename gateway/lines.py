@@ -1,5 +1,8 @@
 """Lines on their way to stderr: a thread writes them, many at once, so that no request waits for who reads them.
 
+It also makes those that are given as what makes them: one made between two requests costs several times what it does
+after another.
+
 What a kill -9 may take is the lines of the last LINGER seconds; usage rows do not come this way. What nobody reads (a
 pipe that is full) is kept up to MAX_WAITING, and what comes then is counted and told of when there is room again.
 """
@@ -15,10 +18,13 @@ from enum import Enum, auto
 from queue import Empty, SimpleQueue
 from typing import TextIO
 
-LINGER = 0.01  # seconds that a line may wait for others to share its write(2)
+LINGER = 0.05  # seconds that a line may wait for others to share its write(2)
 ENOUGH = 1 << 16  # characters that wait no longer: what a pipe holds (pipe(7))
 MAX_WAITING = 8 << 20  # characters
 PATIENCE = 1.0  # seconds that `flush` waits for a reader
+
+Line = str | Callable[[], str]
+_NOT_MADE = 1 << 10  # characters that one counts for until it is made: what it is made of takes about as much
 
 
 class _Ring(Enum):
@@ -38,7 +44,7 @@ class LineWriter:
         self._stream = stream
         self._file = _descriptor(stream)
         self._dropped_line = dropped
-        self._lines: deque[str | threading.Event] = deque()
+        self._lines: deque[Line | threading.Event] = deque()
         # Characters and lines, ever. Each has one writer, so none needs a lock: a finaliser may log while one is held.
         self._added = 0
         self._taken = 0
@@ -49,17 +55,17 @@ class LineWriter:
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def add(self, line: str, *, hurry: bool = False) -> None:
+    def add(self, line: Line, *, hurry: bool = False) -> None:
         """`hurry`: it does not wait for others. Without an event loop it is written when this returns."""
         if self._closed:
-            self._write(line + "\n")
+            self._write(_made(line) + "\n")
             return
         waiting = self._added - self._taken
         if waiting > MAX_WAITING:
             self._dropped += 1
             return
         self._lines.append(line)
-        self._added += len(line) + 1
+        self._added += _size(line)
         if hurry or waiting > ENOUGH:
             self._ring(_Ring.HURRY)
         elif not self._rung:
@@ -110,11 +116,11 @@ class LineWriter:
             size, written = 0, None
             while self._lines and size < ENOUGH and written is None:
                 line = self._lines.popleft()
-                if isinstance(line, str):
-                    batch.append(line)
-                    size += len(line) + 1
-                else:
+                if isinstance(line, threading.Event):
                     written = line
+                else:
+                    batch.append(_made(line))
+                    size += _size(line)
             if batch:
                 self._write("\n".join(batch) + "\n")
                 self._taken += size
@@ -141,6 +147,20 @@ class LineWriter:
         except BlockingIOError:  # somebody who shares it has set O_NONBLOCK
             select.select([], [file], [], PATIENCE)
             return 0
+
+
+def _size(line: Line) -> int:
+    return len(line) + 1 if isinstance(line, str) else _NOT_MADE
+
+
+def _made(line: Line) -> str:
+    """Never raises: it would end the thread."""
+    if isinstance(line, str):
+        return line
+    try:
+        return line()
+    except Exception as error:
+        return f"a log line cannot be made: {type(error).__name__}"
 
 
 def _descriptor(stream: TextIO) -> int | None:

@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from time import monotonic, time
 from traceback import walk_tb
 from types import TracebackType
@@ -25,7 +25,7 @@ from typing import Any, TextIO
 import orjson
 
 from gateway.exchange import Exchange
-from gateway.lines import LineWriter
+from gateway.lines import Line, LineWriter
 from gateway.masking import harmless, safe
 from gateway.protocol.usage import Usage
 from gateway.readable import DIM, GREEN, PLAIN, RED, WORD, YELLOW, Parts, exchange_parts
@@ -76,8 +76,8 @@ class LineHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self._writer.add(self._line(record), hurry=record.levelno >= logging.WARNING)
 
-    def write(self, line: str) -> None:
-        """One that is rendered already, and no warning."""
+    def write(self, line: Line) -> None:
+        """One that is no warning."""
         assert self.lock is not None  # `Handler` made it
         with self.lock:
             self._writer.add(line)
@@ -117,45 +117,38 @@ def log_exchange(method: str, path: str, exchange: Exchange, usage: Usage | None
     It is the line that `logging` would write of these fields, without a record that nobody else looks at: every
     request pays for it.
     """
+    fields = exchange_fields(exchange, usage, source)
     handlers = logging.root.handlers
     handler = handlers[0] if len(handlers) == 1 else None
     if isinstance(handler, LineHandler) and handler.writes_json and _access.isEnabledFor(logging.INFO):
-        handler.write(_exchange_line(method, path, exchange, usage, source))
+        handler.write(partial(_exchange_line, time(), method, path, fields))
         return
-    fields = {"method": method, "path": path, **exchange_fields(exchange, usage, source)}
+    fields = {"method": method, "path": path, **fields}
     _access.info("%s %s %s", method, path, exchange.status or "-", extra={"fields": fields})
 
 
-def _exchange_line(method: str, path: str, exchange: Exchange, usage: Usage | None, source: str) -> str:
-    message = f"{method} {path} {exchange.status or '-'}"
-    fields: dict[str, Any] = {
-        "timestamp": _timestamp(time()),
-        "level": "info",
-        "message": message,
-        "method": method,
-        "path": path,
-    }
-    _add_fields(fields, exchange, usage, source)
-    line = _json(fields)
+def _exchange_line(at: float, method: str, path: str, fields: Mapping[str, Any]) -> str:
+    """In the thread that writes it. `at` in seconds since the epoch."""
+    message = f"{method} {path} {fields['status'] or '-'}"
+    line = _json(
+        {"timestamp": _timestamp(at), "level": "info", "message": message, "method": method, "path": path, **fields}
+    )
     # All in it that is not ours to choose.
     said = (
-        f"{message} {exchange.client_request_id} {exchange.model} {exchange.user_id} {exchange.app_id}"
-        f" {exchange.error_code} {fields['provider']}"
+        f"{message} {fields.get('client_request_id')} {fields['model']} {fields['user_id']} {fields['app_id']}"
+        f" {fields['error_code']} {fields['provider']}"
     )
     return line if harmless(said) else safe(line)
 
 
 def exchange_fields(exchange: Exchange, usage: Usage | None, source: str) -> dict[str, Any]:
-    """What the log line of a request says, in this order. `source` says who counted; without usage nobody did."""
-    fields: dict[str, Any] = {}
-    _add_fields(fields, exchange, usage, source)
-    return fields
+    """What the log line of a request says, in this order. `source` says who counted; without usage nobody did.
 
-
-def _add_fields(fields: dict[str, Any], exchange: Exchange, usage: Usage | None, source: str) -> None:
+    Plain values: they may wait to be written, and the exchange holds a prompt.
+    """
     principal, target, chat = exchange.principal, exchange.target, exchange.asked
     started, first_byte = exchange.started, exchange.first_byte
-    fields["request_id"] = exchange.id
+    fields: dict[str, Any] = {"request_id": exchange.id}
     if exchange.client_request_id:
         fields["client_request_id"] = exchange.client_request_id
     fields["model"] = exchange.model or None
@@ -177,6 +170,7 @@ def _add_fields(fields: dict[str, Any], exchange: Exchange, usage: Usage | None,
     attempts = exchange.headers.get("X-Gateway-Attempts", "")
     if "," in attempts:  # else it says no more than the provider above
         fields["attempts"] = attempts
+    return fields
 
 
 def _milliseconds(seconds: float) -> int:

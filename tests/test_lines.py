@@ -151,6 +151,52 @@ async def test_lines_of_threads_come_whole(pipe: Pipe, writer: LineWriter) -> No
         assert [line for line in written if line[0] == name] == [f"{name} {number}" for number in range(200)]
 
 
+async def test_a_line_is_made_in_the_thread_and_in_its_turn(pipe: Pipe, writer: LineWriter) -> None:
+    def make() -> str:
+        return f"made in {threading.current_thread().name}"
+
+    for line in ("one", make, "three"):
+        writer.add(line)
+    writer.flush()
+    assert pipe.read() == ["one", "made in log", "three"]
+    writer.close()
+    writer.add(make)
+    assert pipe.read()[3:] == ["made in MainThread"], "there is no thread any more"
+
+
+async def test_a_line_that_cannot_be_made_leaves_one_and_stops_no_other(pipe: Pipe, writer: LineWriter) -> None:
+    def fail() -> str:
+        raise LookupError("a prompt")
+
+    for line in ("one", fail, "three"):
+        writer.add(line)
+    writer.flush()
+    assert pipe.read() == ["one", "a log line cannot be made: LookupError", "three"]
+
+
+async def test_lines_that_are_not_made_yet_are_bounded_too(
+    pipe: Pipe, writer: LineWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines_module, "MAX_WAITING", 1 << 20)
+    monkeypatch.setattr(lines_module, "PATIENCE", 0.01)
+    made: list[int] = []
+
+    def make() -> str:
+        made.append(1)
+        return "x" * (1 << 16)
+
+    for _ in range(5000):
+        writer.add(make)
+    writer.flush()
+    await until(lambda: any(line.startswith("dropped ") for line in pipe.read()))
+    writer.flush()
+    count = next(int(line.split()[1]) for line in pipe.read() if line.startswith("dropped "))
+    assert len(made) + count == 5000 and count > 3500
+    writer.add("after")
+    writer.flush()
+    assert pipe.read()[-1] == "after", "what was made is counted as it was when it was added"
+
+
 async def test_who_does_not_read_holds_up_nobody_and_is_told_what_is_missing(
     pipe: Pipe, writer: LineWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

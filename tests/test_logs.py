@@ -438,6 +438,20 @@ def test_the_line_of_an_exchange_is_the_one_that_logging_writes(
     assert capsys.readouterr().err == json_line(made) + "\n"
 
 
+async def test_what_waits_to_be_written_of_an_exchange_holds_no_prompt(
+    exchange: Exchange, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody reads stderr thousands of lines wait: of each the fields, and not the exchange."""
+    monkeypatch.setattr("gateway.lines.LINGER", 60)
+    set_up_alone("production")
+    before = sys.getrefcount(exchange), sys.getrefcount(exchange.asked)
+    log_exchange("POST", "/v1/chat", exchange, None, "")
+    assert (sys.getrefcount(exchange), sys.getrefcount(exchange.asked)) == before
+    assert capsys.readouterr().err == ""
+    logging.getLogger().handlers[0].flush()
+    assert '"request_id":"r1"' in capsys.readouterr().err
+
+
 def test_in_development_or_with_other_handlers_it_is_a_record_like_any(
     exchange: Exchange, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
