@@ -310,7 +310,8 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tls")
     key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
     for arguments in (
-        ["-subj", "/CN=Test authority", "-keyout", "ca.key", "-out", "ca.pem"],
+        # Python 3.13 is strict (RFC 5280 4.2.1.3): an authority says what its key may do.
+        ["-subj", "/CN=Test authority", "-addext", "keyUsage=critical,keyCertSign", "-keyout", "ca.key", "-out", "ca.pem"],
         ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-addext", "basicConstraints=CA:FALSE",
          "-CA", "ca.pem", "-CAkey", "ca.key", "-keyout", "localhost.key", "-out", "localhost.pem"],
     ):  # fmt: skip

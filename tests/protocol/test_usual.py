@@ -74,7 +74,6 @@ def test_any_other_event_is_not_usual(event: bytes) -> None:
         b'{"a" : "x"}',
         b'{"a":"probe"}',  # the proof would prove nothing
         b'{"a":"x"} ?',
-        b'{"a":"x","b":%s1%s}' % (b"[" * 1000, b"]" * 1000),
         b'{"a":"x","b":"%s"}' % (b"b" * MAX_LEARNED),
     ],
 )
@@ -82,6 +81,13 @@ def test_a_text_that_cannot_be_found_for_certain_is_not_learned(event: bytes) ->
     usual = Usual()
     assert not usual.learn(event, orjson.loads, ("a",))
     assert usual.text_of(event.replace(b"x", b"y")) == ""
+
+
+def test_an_event_that_is_nested_too_deep_to_compare_is_no_failure() -> None:
+    event = b'{"a":"x","b":%s1%s}' % (b"[" * 1000, b"]" * 1000)
+    usual = Usual()
+    learned = usual.learn(event, orjson.loads, ("a",))  # Python compares it from 3.12 on
+    assert usual.text_of(event.replace(b"x", b"y")) == ("y" if learned else "")
 
 
 @pytest.mark.parametrize(("first", "second"), [("t", "a"), ("a", "t")])

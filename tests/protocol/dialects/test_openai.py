@@ -474,14 +474,10 @@ def test_shapes_that_nobody_promised_pass(value: Any) -> None:
 
 
 def test_arguments_too_deep_to_write_are_no_failure() -> None:
-    deep = (
-        b'{"choices":[{"delta":{"tool_calls":[{"function":{"name":"f","arguments":'
-        + b"[" * 1000
-        + b"]" * 1000
-        + b"}}]}}]}"
-    )
-    (only,) = translator().feed(data_event(deep))
-    assert only.text == "f"
+    deep = "[" * 1000 + "]" * 1000
+    raw = b'{"choices":[{"delta":{"tool_calls":[{"function":{"name":"f","arguments":%b}}]}}]}' % deep.encode()
+    (only,) = translator().feed(data_event(raw))
+    assert only.text in ("f", "f" + deep)  # Python can write it from 3.12 on
 
 
 # --- an error in the stream ---------------------------------------------------------------------------------------
