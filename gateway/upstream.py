@@ -25,6 +25,7 @@ __all__ = ["MAX_ERROR_BODY", "Answer", "Body", "Passed", "Sink", "Upstream"]
 
 MAX_ERROR_BODY = 1 << 20  # bytes of an error answer that are read
 MAX_DOCUMENT = 8 << 20  # bytes of a list of models
+PIECE = 1 << 16  # bytes of a body that are written at a time: one read of it may give ten times as many
 _PASSED_ON = ("traceparent", "tracestate")  # https://www.w3.org/TR/trace-context/
 # Whatever an operator's file says: with these the head and its connection have to agree (RFC 9112 6 and 9.3).
 _FRAMING = ("content-length", "transfer-encoding", "connection")
@@ -190,10 +191,12 @@ async def _send_body(connection: Connection, name: str, body: Body, patience: fl
     """To its end, or to the connection's, of which the answer hears."""
     chunked = body.length is None
     while data := await body.read():
-        connection.write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
-        await _taken(connection, name, patience)
-        if not connection.is_open:
-            return
+        for start in range(0, len(data), PIECE):
+            piece = data[start : start + PIECE]
+            connection.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+            await _taken(connection, name, patience)
+            if not connection.is_open:
+                return
     if chunked:
         connection.write(b"0\r\n\r\n")
     connection.sent()

@@ -36,9 +36,9 @@ async def send(upstream: Upstream, address: str, body: "Pieces | bytes", **more:
     return await upstream.pass_on(target(address), passed, {}, lambda: None)
 
 
-def endless() -> Iterable[bytes]:
+def endless(size: int = 1 << 16) -> Iterable[bytes]:
     while True:
-        yield bytes(1 << 16)
+        yield bytes(size)
 
 
 @pytest.mark.parametrize("length", [6, None])
@@ -68,12 +68,20 @@ async def test_a_body_is_sent_with_its_length_or_in_chunks(length: int | None) -
 
 
 async def test_a_provider_that_does_not_read_stops_the_reading() -> None:
+    await held_up(endless())
+
+
+async def test_however_much_came_at_once_little_of_it_is_handed_on_unread() -> None:
+    await held_up(endless(768_000))
+
+
+async def held_up(pieces: Iterable[bytes]) -> None:
     async def deaf(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.transport.pause_reading()  # type: ignore[attr-defined]
         await asyncio.sleep(60)
 
     async with listening(deaf) as port, client() as upstream:
-        body = Pieces(endless())
+        body = Pieces(pieces)
         asking = asyncio.ensure_future(send(upstream, f"http://127.0.0.1:{port}", body))
         before = -1
         async with asyncio.timeout(10):
