@@ -1,3 +1,4 @@
+import sys
 from typing import Any
 
 import orjson
@@ -234,8 +235,8 @@ def test_a_key_that_is_there_twice_is_refused(body: bytes) -> None:
 
 
 def test_depth_that_hides_behind_a_key_that_is_there_twice_is_refused() -> None:
-    # Which of the two is said depends on how deep Python's own parser goes.
-    with pytest.raises(InvalidJSON, match=r"nested deeper than 64 levels|twice in one object"):
+    said = "twice in one object" if sys.version_info >= (3, 12) else "nested deeper than 64 levels"
+    with pytest.raises(InvalidJSON, match=said):  # later ones parse it to its end
         parse_object(b'{"a": ' + b"[" * 1015 + b"]" * 1015 + b', "a": 1}')
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from typing import Any
 
 import orjson
@@ -477,7 +478,7 @@ def test_arguments_too_deep_to_write_are_no_failure() -> None:
     deep = "[" * 1000 + "]" * 1000
     raw = b'{"choices":[{"delta":{"tool_calls":[{"function":{"name":"f","arguments":%b}}]}}]}' % deep.encode()
     (only,) = translator().feed(data_event(raw))
-    assert only.text in ("f", "f" + deep)  # Python can write it from 3.12 on
+    assert only.text == ("f" + deep if sys.version_info >= (3, 12) else "f")  # later ones can write it
 
 
 # --- an error in the stream ---------------------------------------------------------------------------------------
