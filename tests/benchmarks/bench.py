@@ -53,10 +53,10 @@ def full(bench: Bench, rounds: Rounds, *, peers: bool, soak: float) -> None:
                 rounds.add("start_s", bench.start_seconds(gateway.token))
         with _left_out("streams_20ms"):
             figures.most_streams(bench, rounds, nginx, gateway)
-        for name, start in PEERS.items() if peers else ():
-            with _left_out(name), start(bench) as peer:
-                _warm_up(bench, peer)
-                figures.cpu_of_a_peer(bench, rounds, peer, gateway)
+        for name, peer in PEERS.items() if peers else ():
+            with _left_out(name), peer.start(bench) as subject:
+                _warm_up(bench, subject)
+                figures.cpu_of_a_peer(bench, rounds, subject, gateway, peer.connections, peer.streams)
         with _left_out("soak"):
             figures.slope(bench, rounds, gateway, soak)
     with _left_out("observability"):
@@ -124,7 +124,7 @@ def _cpu_model() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the CPU ratios alone")
-    parser.add_argument("--peers", action="store_true", help="LiteLLM and Portkey too; they are installed into .bench/")
+    parser.add_argument("--peers", action="store_true", help="others too, which are installed into .bench/")
     parser.add_argument("--soak", type=float, default=SHORT_SOAK / 60, help="minutes that memory is watched for")
     chosen = parser.parse_args()
     machine, rounds = about(chosen), Rounds()

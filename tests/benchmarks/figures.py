@@ -102,13 +102,15 @@ def _stream_cpu_us(bench: Bench, subject: Subject, load: Load) -> float:
     return used_us(before, settled(subject)) / answers
 
 
-def cpu_of_a_peer(bench: Bench, rounds: Rounds, peer: Subject, gateway: Subject) -> None:
+def cpu_of_a_peer(
+    bench: Bench, rounds: Rounds, peer: Subject, gateway: Subject, connections: int, streams: int
+) -> None:
     """How often ours goes into theirs, at a load that the peer can bear, for whole answers and for chunks."""
-    whole, streams = Load(connections=8, seconds=3), steady(10, 3, slack=3)
+    whole, chunks = Load(connections=connections, seconds=3), steady(streams, 3, slack=3)
     theirs, ours = measure(bench, peer, whole), measure(bench, gateway, whole)
     rounds.add(f"request_cpu_us_{peer.name}", theirs.request_cpu_us)
     rounds.add(f"request_cpu_x_{peer.name}", theirs.request_cpu_us / ours.request_cpu_us)
-    theirs, ours = measure(bench, peer, streams), measure(bench, gateway, streams)
+    theirs, ours = measure(bench, peer, chunks), measure(bench, gateway, chunks)
     rounds.add(f"chunk_cpu_us_{peer.name}", theirs.chunk_cpu_us)
     rounds.add(f"chunk_cpu_x_{peer.name}", theirs.chunk_cpu_us / ours.chunk_cpu_us)
 

@@ -1,6 +1,9 @@
 """Other gateways, each installed on its own into a folder of this project when it is asked for.
 
 A peer that cannot be had, without a network or without Node, is named in the output and left out.
+
+LiteLLM and Portkey are gateways like this one. The routers of vLLM and SGLang, in Rust, pick one of several engines by
+turns: they check no key, count nothing and limit nothing, and are what forwarding with a parsed request costs.
 """
 
 import json
@@ -8,15 +11,18 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.benchmarks.processes import tree
-from tests.benchmarks.subjects import Bench, Subject, free_port
+from tests.benchmarks.subjects import Bench, Subject, ask, free_port
 
 FOLDER = Path(__file__).parents[2] / ".bench"
 _INSTALL = 900.0  # seconds
+_READY = 30.0  # seconds until a router has looked at its engine
 
 
 class PeerMissing(Exception):
@@ -26,10 +32,7 @@ class PeerMissing(Exception):
 @contextmanager
 def litellm(bench: Bench) -> Iterator[Subject]:
     """Its proxy with one worker and a master key, without a database: it counts and limits nothing."""
-    program = FOLDER / "litellm" / "bin" / "litellm"
-    if not program.exists():
-        _install([sys.executable, "-m", "venv", str(FOLDER / "litellm")])
-        _install([str(program.with_name("pip")), "install", "--quiet", "litellm[proxy]==1.106.2"])
+    program = _installed("litellm", "litellm[proxy]==1.106.2")
     port, key = free_port(), "sk-bench"
     config = bench.root / "litellm.yaml"
     config.write_text(_LITELLM % {"provider": bench.direct.port, "key": key})
@@ -58,7 +61,64 @@ def portkey(bench: Bench) -> Iterator[Subject]:
         yield Subject("portkey", port, tree(process.pid), translated=True, headers=headers)
 
 
-PEERS: Mapping[str, Callable[[Bench], AbstractContextManager[Subject]]] = {"litellm": litellm, "portkey": portkey}
+def vllm_router(bench: Bench) -> AbstractContextManager[Subject]:
+    return _router(bench, "vllm_router", "vllm-router==0.1.17", "warning")
+
+
+def sglang_router(bench: Bench) -> AbstractContextManager[Subject]:
+    return _router(bench, "sglang_router", "sglang-router==0.3.2", "warn")
+
+
+@contextmanager
+def _router(bench: Bench, name: str, requirement: str, quiet: str) -> Iterator[Subject]:
+    """The provider is its only engine; `quiet` is the level at which it logs no requests."""
+    program = _installed(name, requirement).with_name("python")
+    port, provider = free_port(), f"http://127.0.0.1:{bench.direct.port}"
+    command = [str(program), "-m", f"{name}.launch_router", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--worker-urls", provider, "--policy", "round_robin", "--log-level", quiet]
+    command += ["--prometheus-port", str(free_port())]
+    with bench.answering(command, name, port) as process:
+        _wait_for_engine(name, port)
+        yield Subject(name, port, tree(process.pid), translated=True)
+
+
+def _wait_for_engine(name: str, port: int) -> None:
+    """One listens before it has looked at its engine, and refuses what comes until then."""
+    deadline = time.monotonic() + _READY
+    while True:
+        try:
+            ask(port)
+        except (OSError, RuntimeError) as error:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{name} does not serve: {error}") from None
+            time.sleep(0.1)
+        else:
+            return
+
+
+class Peer(NamedTuple):
+    """How to start it, and the load that it can bear."""
+
+    start: Callable[[Bench], AbstractContextManager[Subject]]
+    connections: int  # with whole answers
+    streams: int
+
+
+PEERS: Mapping[str, Peer] = {
+    "litellm": Peer(litellm, 8, 10),
+    "portkey": Peer(portkey, 8, 10),
+    "vllm_router": Peer(vllm_router, 64, 100),
+    "sglang_router": Peer(sglang_router, 64, 100),
+}
+
+
+def _installed(name: str, requirement: str) -> Path:
+    """The program of that name in an environment of its own."""
+    program = FOLDER / name / "bin" / name.replace("_", "-")
+    if not program.exists():
+        _install([sys.executable, "-m", "venv", str(FOLDER / name)])
+        _install([str(program.with_name("pip")), "install", "--quiet", requirement])
+    return program
 
 
 def _install(command: list[str]) -> None:

@@ -26,11 +26,17 @@ class Row:
         return f"{self.key}_nginx"
 
 
+_ROUTERS = (("vllm", "vLLM"), ("sglang", "SGLang"))
+
 ROWS = (
     Row("request_cpu_us", "CPU of a request, µs"),
     Row("request_cpu_x_nginx", "CPU of a request, x nginx", 6),
     Row("request_cpu_x_litellm", "LiteLLM's CPU of a request, x ours", 100, least=True),
     Row("request_cpu_x_portkey", "Portkey's CPU of a request, x ours"),
+    *(
+        Row(f"request_cpu_x_{package}_router", f"CPU of a request of {name}'s router, x ours", 0.67, least=True)
+        for package, name in _ROUTERS
+    ),
     Row("requests_per_s_one_core", "requests/s on one core, 64 connections"),
     Row("chunk_cpu_us", "CPU of a chunk, µs"),
     Row("chunk_cpu_x_nginx", "CPU of a chunk, OpenAI, x nginx", 1.3),
@@ -39,6 +45,7 @@ ROWS = (
     Row("chunk_cpu_x_nginx_budget", "CPU of a chunk, OpenAI, under a budget, x nginx"),
     Row("chunk_cpu_x_litellm", "LiteLLM's CPU of a chunk, x ours", 20, least=True),
     Row("chunk_cpu_x_portkey", "Portkey's CPU of a chunk, x ours"),
+    *(Row(f"chunk_cpu_x_{package}_router", f"CPU of a chunk of {name}'s router, x ours") for package, name in _ROUTERS),
     Row("stream_cpu_us", "CPU of a stream of 64 chunks, µs"),
     Row("observability_share", "of which metrics and logs take, %", 5),
     Row("added_p50_us", "added to an answer, one connection, p50, µs"),

@@ -141,7 +141,7 @@ class Bench:
         command = [sys.executable, "-m", "gateway", "serve", "--port", str(port)]
         began = time.monotonic()
         with self.answering(command, "gateway", port, self._gateway_environ()):
-            _post(port, OPENAI.path, json.loads(OPENAI.request(0, 0)), status=200, token=token)
+            ask(port, token)
             return time.monotonic() - began
 
     def _gateway_environ(self) -> dict[str, str]:
@@ -236,6 +236,11 @@ def _printed_port(process: "subprocess.Popen[str]") -> int:
 def _listens(port: int) -> bool:
     with socket.socket() as connection:
         return connection.connect_ex(("127.0.0.1", port)) == 0
+
+
+def ask(port: int, token: str = "") -> None:
+    """For a whole answer. Raises RuntimeError for any status but 200, OSError."""
+    _post(port, OPENAI.path, json.loads(OPENAI.request(0, 0)), status=200, token=token)
 
 
 def new_key(port: int, **limits: Any) -> str:
