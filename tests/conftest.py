@@ -22,6 +22,7 @@ from aiohttp.abc import AbstractStreamWriter
 from redis.asyncio import Redis
 
 from gateway.embedded import Embedded
+from gateway.stores import answers, key_rows, script
 from tests.support.stores import Databases, switch_off_fsync
 
 LAYERS = {"unit", "mock", "integration"}
@@ -59,6 +60,33 @@ def no_sockets_in_unit_tests(request: pytest.FixtureRequest, monkeypatch: pytest
 
     for name in ("connect", "connect_ex", "bind", "sendto"):
         monkeypatch.setattr(socket.socket, name, refuse, raising=False)
+
+
+# --- time-outs ----------------------------------------------------------------------------------------------------
+
+# What a request waits for a store at most, seconds: a promise about one that stalls.
+HASTE = (
+    (script, "TIMEOUT"),
+    (key_rows, "HOT_ACQUIRE_TIMEOUT"),
+    (key_rows, "HOT_COMMAND_TIMEOUT"),
+    (answers, "HOT_ACQUIRE_TIMEOUT"),
+    (answers, "HOT_COMMAND_TIMEOUT"),
+    (answers, "FIND_WAIT"),
+    (answers, "FIND_ACQUIRE"),
+    (answers, "FIND_COMMAND"),
+)
+PATIENCE = 10.0  # times
+
+
+@pytest.fixture(autouse=True)
+def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two test processes and their stores share two cores, and a store that waits for one for 0.1 s is not gone.
+
+    What is about these promises is marked `haste`, and has them as they are.
+    """
+    if request.node.get_closest_marker("haste") is None:
+        for module, name in HASTE:
+            monkeypatch.setattr(module, name, PATIENCE * getattr(module, name))
 
 
 # --- figures ------------------------------------------------------------------------------------------------------

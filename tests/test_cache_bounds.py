@@ -135,6 +135,7 @@ async def test_larger_answers_than_the_bound_are_not_kept(database_url: str, red
         assert "too_large" in gateway.app[appkeys.METRICS].render().decode().split("gateway_cache_answers_total", 1)[1]
 
 
+@pytest.mark.haste
 async def test_a_gone_postgres_is_a_miss_and_is_counted(
     database_url: str, redis_url: str, http: aiohttp.ClientSession
 ) -> None:

@@ -25,7 +25,7 @@ from tests.support.gateway import MODELS, Gateway, chat_body, running_gateway
 from tests.support.proxy import Proxy, proxied_postgres, proxied_redis
 from tests.support.valkey import Valkey, valkey
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.haste]
 
 BREAKER = 5.0  # seconds after which a Redis that is back is used again (P12)
 SLACK = 2.0  # seconds more, on a machine that has much else to do

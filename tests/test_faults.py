@@ -16,7 +16,7 @@ from gateway.logs import setup
 from tests.support.gateway import MODELS, Gateway, chat_body, running_gateway
 from tests.support.proxy import Proxy, proxied_postgres, proxied_redis
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.haste]
 
 
 @pytest.fixture

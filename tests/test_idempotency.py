@@ -343,6 +343,7 @@ async def test_a_claim_is_renewed_while_its_answer_is_being_made(
 # --- without Postgres ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.haste
 async def test_without_postgres_no_promise_is_made(
     database_url: str, redis_url: str, http: aiohttp.ClientSession
 ) -> None:

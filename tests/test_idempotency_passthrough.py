@@ -331,6 +331,7 @@ async def test_an_answer_before_the_bodys_end_leaves_the_key_free(start: Start) 
         assert len(far.heads) == 3
 
 
+@pytest.mark.haste
 async def test_without_postgres_no_promise_is_made(database_url: str, redis_url: str) -> None:
     async with proxied_postgres(database_url) as (proxy, url), running_gateway(url, redis_url) as gateway:
         async with aiohttp.ClientSession(headers=gateway.headers) as client:

@@ -119,7 +119,7 @@ class Waiting:
 class Alarm:
     """Rings in the event loop, to the microsecond: by timerfd_create(2), which Python has from 3.13 on.
 
-    Where there is none it is the loop's own timer, and a millisecond the least.
+    Where there is none it is the loop's own timer, a millisecond the least, and up to one early or late.
     """
 
     def __init__(self, ring: Callable[[], None]) -> None:

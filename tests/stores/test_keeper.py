@@ -117,6 +117,7 @@ async def test_a_sweep_that_is_cancelled_anywhere_leaves_no_lock(gateway: Gatewa
     assert await answers.sweep()
 
 
+@pytest.mark.haste
 async def test_many_look_ups_in_a_slow_postgres_wait_no_longer_than_one(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -278,6 +278,7 @@ async def test_a_key_far_over_its_limit_costs_no_round_trip(server: Valkey) -> N
         assert await calls(redis) == 0
 
 
+@pytest.mark.haste
 async def test_where_our_clock_and_that_of_redis_may_disagree_redis_decides(redis_url: str, redis: Redis) -> None:
     """We count a request from when it was asked, Redis from when it was granted."""
     now = 1000.0
@@ -728,6 +729,7 @@ async def test_a_script_that_redis_forgot_is_loaded_again(redis_url: str, redis:
         assert limiter_.state == "redis"
 
 
+@pytest.mark.haste
 async def test_a_loop_that_was_held_up_is_not_a_redis_that_is_gone(server: Valkey) -> None:
     who = principal(requests_per_minute=3)
     async with limiter(server.url) as limiter_:
@@ -744,6 +746,7 @@ async def test_a_loop_that_was_held_up_is_not_a_redis_that_is_gone(server: Valke
 # --- without Redis ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.haste
 async def test_a_redis_that_stalls_adds_a_tenth_of_a_second_once(server: Valkey) -> None:
     who = principal(requests_per_minute=1000)
     async with limiter(server.url, loses_redis=True) as limiter_:
@@ -769,6 +772,7 @@ async def test_a_redis_that_stalls_adds_a_tenth_of_a_second_once(server: Valkey)
         assert not (await limiter_.admit(who, new_id())).local
 
 
+@pytest.mark.haste
 async def test_the_pause_between_probes_grows_and_then_stays(server: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long Redis was gone, it is used again within five seconds."""
     assert script.LONGEST_PAUSE + script.TIMEOUT < 5

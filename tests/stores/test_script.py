@@ -115,6 +115,7 @@ async def test_renewals_do_not_hold_up_what_is_asked_meanwhile(redis_url: str) -
         assert all(renewal.answer is not None for renewal in renewals)
 
 
+@pytest.mark.haste
 async def test_a_start_waits_longer_for_redis_than_a_request_does(redis_url: str) -> None:
     async with proxied_redis(redis_url) as (proxy, url), connect_redis(url) as client:
         script = RedisScript(client)

