@@ -33,7 +33,7 @@ lint: .venv/.test ## style, types and the layers between modules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/.run ## CPU, latency and memory beside nginx: 6 minutes (QUICK=1: 50 s; PEERS=1: other gateways too; SOAK=10: minutes)
+bench: .venv/.run ## CPU, latency and memory beside nginx: 7 minutes (QUICK=1: 50 s; PEERS=1: other gateways too; SOAK=10: minutes)
 	@$(NEEDS_NGINX)
 	@$(BIN)/python -m tests.benchmarks.bench $(if $(QUICK),--quick) $(if $(PEERS),--peers) $(if $(SOAK),--soak $(SOAK))
 

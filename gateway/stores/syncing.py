@@ -119,7 +119,7 @@ class Waiting:
 class Alarm:
     """Rings in the event loop, to the microsecond: by timerfd_create(2), which Python has from 3.13 on.
 
-    Where there is none it is the loop's own timer, a millisecond the least, and up to one early or late.
+    Where there is none it is the loop's own timer, and a millisecond the least.
     """
 
     def __init__(self, ring: Callable[[], None]) -> None:
@@ -141,7 +141,16 @@ class Alarm:
             return
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_later(max(seconds, 0.001), self._ring) if seconds else None
+        due = monotonic() + seconds
+        self._timer = self._loop.call_later(max(seconds, 0.001), self._look, due) if seconds else None
+
+    def _look(self, due: float) -> None:
+        """The loop counts whole milliseconds: it may be early by a part of one."""
+        left = due - monotonic()
+        if left > 0:
+            self.set(left)
+        else:
+            self._ring()
 
     def _rung(self) -> None:
         with suppress(BlockingIOError):  # it was set again before we came to hear it

@@ -124,7 +124,7 @@ class Connection(asyncio.Protocol):
         path = request[: request.index(b" HTTP/")].partition(b" ")[2]
         script = self._scripts.get(path)
         if script is None:
-            self._send(LISTS.get(path, NOT_FOUND))
+            self._send(DOCUMENTS.get(path, NOT_FOUND))
             return
         asked = MODEL.search(request)
         if asked is None or not STREAM.search(request):
@@ -165,7 +165,7 @@ class Connection(asyncio.Protocol):
         self._transport.write(data)
 
 
-LISTS = {  # Anthropic's list has OpenAI's path, and OpenAI's is read as Anthropic's as well
+DOCUMENTS = {  # Anthropic's list has OpenAI's path, and OpenAI's is read as Anthropic's as well
     **{dialect.models_path.encode(): _whole(dialect.models) for dialect in reversed(list(DIALECTS.values()))},
     b"/health": _whole(b"{}"),  # of an engine, for routers that ask before they send it anything
 }
